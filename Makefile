@@ -1,0 +1,67 @@
+# `make compare` and `make test` need nothing typed before them: each builds .venv when it is missing or out of date.
+# Options of the tool behind a target go into ARGS:  make test ARGS="-k softmax"   make compare ARGS="--text novel.txt"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+INSTALL := $(RUN) pip install --quiet --disable-pip-version-check
+NATIVE := $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help compare test lint docs bench setup clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+compare: setup ## train small models that differ only in attention, time the kernels, write a report (minutes)
+	@$(RUN) attnkit compare --quick $(ARGS)
+
+test: setup ## run every test
+	@echo "attnkit: running the tests with $(WORKERS) workers"
+	@$(RUN) pytest -n $(WORKERS) $(ARGS)
+
+lint: setup ## ruff, formatting, types
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+	@$(RUN) mypy
+
+docs: setup ## build the documentation into docs/_build, warnings are errors
+	@$(RUN) sphinx -W --keep-going -q -b html docs docs/_build
+	@echo "attnkit: open docs/_build/index.html"
+
+bench: setup ## kernels against torch, beside this machine's limits
+	@$(RUN) attnkit bench $(ARGS)
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist docs/_build docs/mechanisms .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src tests docs examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+setup: $(VENV)/.package
+
+# An environment that was copied or moved, or whose Python is gone, is stale: its paths point to another place.
+ifneq ($(shell cat $(VENV)/.place 2>/dev/null && $(VENV)/bin/python -c "" 2>&1),$(CURDIR))
+$(shell rm -f $(VENV)/.torch $(VENV)/.package)
+endif
+
+# torch comes first and by itself, so that nothing after it chooses another one.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "attnkit: $(PYTHON) is $$($(PYTHON) --version 2>&1), expected Python 3.11 or later: make PYTHON=python3.11"; exit 1; }
+	@echo "attnkit: making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "attnkit: installing $(TORCH) (a minute or two)"
+	@$(INSTALL) "$(TORCH)"
+	@printf '%s\n' "$(CURDIR)" > $(VENV)/.place
+	@touch $@
+
+# Editable: Python is read from src; a change of the kernels or the build builds them again.
+$(VENV)/.package: $(VENV)/.torch pyproject.toml CMakeLists.txt $(NATIVE)
+	@echo "attnkit: compiling the kernels and installing the package with its tools"
+	@$(INSTALL) --editable ".[compare,dev,docs]"
+	@$(RUN) attnkit doctor --brief
+	@touch $@

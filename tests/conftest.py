@@ -1,0 +1,26 @@
+"""Settings every test shares: threads, random numbers, no choice of backend left over from a shell."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+THREADS = max(1, CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+# Workers and the processes they start share the cores instead of fighting for them.
+torch.set_num_threads(THREADS)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
+# Read when attnkit is imported, which no test has done yet: it would run one backend under every name.
+os.environ.pop("ATTNKIT_BACKEND", None)
+# The same examples every time: what is green stays green on the same source.
+hypothesis.settings.register_profile("attnkit", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("attnkit")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """A test sees the same random numbers whichever tests ran before it."""
+    torch.manual_seed(0)
