@@ -1,0 +1,67 @@
+"""The only place that chooses a backend, and the one that says why."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from attnkit.spec import Backend, Call, Decision, Mechanism
+
+# Read once: Dynamo would trace a look-up at every call, and a choice that moves under a running program is a bug.
+DEFAULT_BACKEND = os.environ.get("ATTNKIT_BACKEND") or None
+_LOG_LEVEL = os.environ.get("ATTNKIT_LOG", "").upper()
+
+log = logging.getLogger("attnkit")
+if _LOG_LEVEL:
+    try:
+        log.setLevel(_LOG_LEVEL)
+    except ValueError as error:
+        raise ValueError(
+            f"ATTNKIT_LOG is {_LOG_LEVEL!r}, expected debug, info, warning or error: set one of these or unset it"
+        ) from error
+    log.addHandler(logging.StreamHandler())
+_LOGGING = _LOG_LEVEL in ("DEBUG", "INFO")
+
+
+def decide(spec: Mechanism, call: Call, backend: str | None = None) -> tuple[Backend, Decision]:
+    """The backend that runs ``call``: the named one, or the first without a reason not to.
+
+    Raises ``NotImplementedError`` with every reason when none can; a named backend never falls back to another.
+    """
+    name = backend or DEFAULT_BACKEND
+    rejected: dict[str, tuple[str, ...]] = {}
+    for candidate in spec.backends if name is None else (spec.backend(name),):
+        reasons = candidate.rejects(call)
+        if not reasons and name is None:
+            reasons = candidate.declines(call)
+        if not reasons:
+            return candidate, Decision(spec.name, candidate.name, rejected)
+        rejected[candidate.name] = reasons
+    raise NotImplementedError(str(Decision(spec.name, None, rejected)))
+
+
+def run(spec: Mechanism, call: Call, backend: str | None = None) -> Any:
+    """Run ``call`` on the backend that ``decide`` picks."""
+    chosen, decision = decide(spec, call, backend)
+    if _LOGGING:
+        log.info("%s", decision)
+    return chosen.load()(**call)
+
+
+def explain(function: Callable[..., Any], *args: Any, backend: str | None = None, **kwargs: Any) -> Decision:
+    """Say which backend a call of a mechanism's function would take, and why each earlier one would not.
+
+    Nothing is computed. ``print(attnkit.explain(attnkit.softmax_attention, q, k, v, mask=attnkit.causal()))``.
+    """
+    spec: Mechanism | None = getattr(function, "spec", None)
+    if spec is None:
+        name = getattr(function, "__name__", repr(function))
+        raise TypeError(f"explain got {name}, expected the function of a mechanism such as attnkit.softmax_attention")
+    call = spec.call(*args, **kwargs)
+    try:
+        return decide(spec, call, backend)[1]
+    except NotImplementedError:
+        name = backend or DEFAULT_BACKEND
+        return Decision(spec.name, None, {name: spec.backend(name).rejects(call)} if name else {})

@@ -1,0 +1,76 @@
+"""Shape checks whose messages a person can act on. Axis letters are those of design: see ``docs/concepts``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+AXES = {
+    "b": "batch",
+    "h": "query heads",
+    "g": "KV heads",
+    "m": "queries",
+    "n": "keys",
+    "d": "key size",
+    "e": "value size",
+    "c": "latent size",
+    "p": "page size",
+    "s": "chunk",
+    "x": "model width",
+    "t": "packed tokens",
+}
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check(where: str, **tensors: tuple[Any, str]) -> dict[str, int]:
+    """Sizes of the axes named in each pattern, such as ``check("f", q=(q, "b h m d"), k=(k, "b g n d"))``.
+
+    Raises ``TypeError`` for a value that is not a tensor and ``ValueError`` for a wrong number of dimensions or two
+    sizes for one axis.
+    """
+    sizes: dict[str, int] = {}
+    owner: dict[str, str] = {}
+    for name, (tensor, pattern) in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{where}: {name} is a {type(tensor).__name__}, expected a tensor ({_axes(pattern)})")
+        axes = pattern.split()
+        if tensor.dim() != len(axes):
+            raise ValueError(
+                f"{where}: {name} has {tensor.dim()} dimensions {_shape(tensor)}, expected {len(axes)} ({_axes(pattern)})"
+            )
+        for axis, size in zip(axes, tensor.shape, strict=True):
+            if sizes.setdefault(axis, size) != size:
+                raise ValueError(
+                    f"{where}: {AXES.get(axis, axis)} is {size} in {name} {_shape(tensor)} but {sizes[axis]} in "
+                    f"{owner[axis]} {_shape(tensors[owner[axis]][0])}, expected one size"
+                )
+            owner.setdefault(axis, name)
+    return sizes
+
+
+def check_same(where: str, **tensors: Tensor | None) -> None:
+    """All tensors share one floating dtype and one device."""
+    (first, lead), *rest = [(name, t) for name, t in tensors.items() if t is not None]
+    if lead.dtype not in FLOATS:
+        raise TypeError(f"{where}: {first} has dtype {lead.dtype}, expected float64, float32, bfloat16 or float16")
+    for name, tensor in rest:
+        if tensor.dtype != lead.dtype:
+            raise TypeError(f"{where}: {name} has dtype {tensor.dtype} but {first} {lead.dtype}, expected one: cast one")
+        if tensor.device != lead.device:
+            raise ValueError(f"{where}: {name} is on {tensor.device} but {first} on {lead.device}: move one")
+
+
+def check_groups(where: str, h: int, g: int) -> None:
+    """The KV heads divide the query heads."""
+    if g == 0 or h % g:
+        raise ValueError(f"{where}: got {h} query heads and {g} KV heads, expected KV heads that divide the query heads")
+
+
+def _axes(pattern: str) -> str:
+    return ", ".join(AXES.get(axis, axis) for axis in pattern.split())
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}"
