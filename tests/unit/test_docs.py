@@ -1,0 +1,46 @@
+"""What the README, the documentation and the examples tell people to type really runs."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_blocks(text: str) -> list[str]:
+    """The fenced blocks of a Markdown text that are marked as Python."""
+    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def without_docstring(text: str) -> str:
+    return re.sub(r'\A""".*?"""\n\n', "", text, flags=re.DOTALL)
+
+
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}-{i}")
+    for page in PAGES
+    for i, block in enumerate(code_blocks(page.read_text(encoding="utf-8")))
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_code_in_the_pages_runs(block: str) -> None:
+    exec(compile(block, "<page>", "exec"), {"__name__": "page"})
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_readme_shows_the_examples() -> None:
+    shown = code_blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert sorted(shown) == sorted(without_docstring(path.read_text(encoding="utf-8")) for path in EXAMPLES)
+
