@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -55,8 +56,8 @@ def explain(function: Callable[..., Any], *args: Any, backend: str | None = None
 
     Nothing is computed. ``print(attnkit.explain(attnkit.softmax_attention, q, k, v, mask=attnkit.causal()))``.
     """
-    spec: Mechanism | None = getattr(function, "spec", None)
-    if spec is None:
+    spec: Mechanism | None = getattr(sys.modules.get(getattr(function, "__module__", "")), "SPEC", None)
+    if spec is None or spec.function is not function:
         name = getattr(function, "__name__", repr(function))
         raise TypeError(f"explain got {name}, expected the function of a mechanism such as attnkit.softmax_attention")
     call = spec.call(*args, **kwargs)

@@ -91,7 +91,9 @@ class Rotary:
         if self.style not in ("half", "interleaved"):
             raise ValueError(f"Rotary: style is {self.style!r}, expected 'half' or 'interleaved'")
         if self.size % 2 or not 0 < self.size <= self.head_size:
-            raise ValueError(f"Rotary: rotary size is {self.size}, expected an even number up to head size {self.head_size}")
+            raise ValueError(
+                f"Rotary: rotary size is {self.size}, expected an even number up to head size {self.head_size}"
+            )
 
     @property
     def size(self) -> int:
@@ -126,6 +128,11 @@ class Rotary:
             one, two = turned[..., ::2], turned[..., 1::2]
             turned = torch.stack([one * cos - two * sin, one * sin + two * cos], -1).flatten(-2)
         return torch.cat([turned.to(x.dtype), rest], -1)
+
+
+def distance(m: int, n: int, device: torch.device | str | None = None) -> Tensor:
+    """``|q - k|`` of the last ``m`` of ``n`` positions and all ``n``: int64 ``(m, n)``."""
+    return (torch.arange(n - m, n, device=device)[:, None] - torch.arange(n, device=device)).abs()
 
 
 def alibi_slopes(heads: int) -> Tensor:

@@ -50,22 +50,35 @@ def check(where: str, **tensors: tuple[Any, str]) -> dict[str, int]:
     return sizes
 
 
-def check_same(where: str, **tensors: Tensor | None) -> None:
+def check_same(where: str, **tensors: Tensor) -> None:
     """All tensors share one floating dtype and one device."""
-    (first, lead), *rest = [(name, t) for name, t in tensors.items() if t is not None]
+    (first, lead), *rest = tensors.items()
     if lead.dtype not in FLOATS:
         raise TypeError(f"{where}: {first} has dtype {lead.dtype}, expected float64, float32, bfloat16 or float16")
     for name, tensor in rest:
         if tensor.dtype != lead.dtype:
-            raise TypeError(f"{where}: {name} has dtype {tensor.dtype} but {first} {lead.dtype}, expected one: cast one")
+            raise TypeError(
+                f"{where}: {name} has dtype {tensor.dtype} but {first} {lead.dtype}, expected one: cast one"
+            )
+    check_device(where, **tensors)
+
+
+def check_device(where: str, **tensors: Tensor) -> None:
+    """All tensors are on one device."""
+    (first, lead), *rest = tensors.items()
+    for name, tensor in rest:
         if tensor.device != lead.device:
-            raise ValueError(f"{where}: {name} is on {tensor.device} but {first} on {lead.device}: move one")
+            raise ValueError(
+                f"{where}: {name} is on {tensor.device} but {first} on {lead.device}, expected one: move one"
+            )
 
 
 def check_groups(where: str, h: int, g: int) -> None:
     """The KV heads divide the query heads."""
     if g == 0 or h % g:
-        raise ValueError(f"{where}: got {h} query heads and {g} KV heads, expected KV heads that divide the query heads")
+        raise ValueError(
+            f"{where}: got {h} query heads and {g} KV heads, expected KV heads that divide the query heads"
+        )
 
 
 def _axes(pattern: str) -> str:

@@ -31,6 +31,17 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class LayerPlace:
+    """Where a layer stands in a model: its width and heads, its place in the stack, the model's local window."""
+
+    width: int
+    heads: int
+    window: int = 128
+    layer: int = 0
+    layers: int = 1
+
+
+@dataclass(frozen=True)
 class Cost:
     """What one call takes: multiply-adds counted as two, bytes moved at least once, and bytes of state."""
 
@@ -79,13 +90,13 @@ class Backend:
 class Preset:
     """A named configuration of a mechanism's layer, such as MQA, which is softmax attention with one KV head.
 
-    ``configure(width, heads, window)`` returns the layer's configuration; ``window`` scales every local pattern.
+    ``configure(place)`` returns the configuration of the layer at a ``LayerPlace``; ``place.window`` scales local patterns.
     """
 
     name: str
     title: str
     paper: str
-    configure: Callable[[int, int, int], Any]
+    configure: Callable[[LayerPlace], Any]
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,42 @@ from torch import Tensor
 from attnkit.masks.algebra import And, Mask, Not, Or
 from attnkit.masks.held import BlockSparse, Documents, Explicit, Moved, Padding
 from attnkit.masks.lowering import BlockList
-from attnkit.masks.patterns import UNBOUNDED, Chunked, Dilated, Fixed, GlobalTokens, Interval, Predicate, Prefix, Strided
+from attnkit.masks.patterns import (
+    UNBOUNDED,
+    Chunked,
+    Dilated,
+    Fixed,
+    GlobalTokens,
+    Interval,
+    Predicate,
+    Prefix,
+    Strided,
+)
 
 __all__ = [
-    "UNBOUNDED", "And", "BlockList", "Mask", "Moved", "Not", "Or", "bigbird", "block_sparse", "causal", "chunked",
-    "dilated_window", "documents", "explicit", "fixed", "full", "global_tokens", "padding", "predicate", "prefix",
-    "strided", "symmetric_window", "window",
+    "UNBOUNDED",
+    "And",
+    "BlockList",
+    "Mask",
+    "Moved",
+    "Not",
+    "Or",
+    "bigbird",
+    "block_sparse",
+    "causal",
+    "chunked",
+    "dilated_window",
+    "documents",
+    "explicit",
+    "fixed",
+    "full",
+    "global_tokens",
+    "padding",
+    "predicate",
+    "prefix",
+    "strided",
+    "symmetric_window",
+    "window",
 ]
 
 
@@ -77,7 +107,9 @@ def prefix(length: int) -> Mask:
 
 def global_tokens(positions: int | Sequence[int]) -> Mask:
     """Tokens that see all and are seen by all: the first ``positions``, or those listed. Decoders add ``& causal()``."""
-    listed = range(_positive("global_tokens", "count", positions)) if isinstance(positions, int) else sorted(set(positions))
+    listed = (
+        range(_positive("global_tokens", "count", positions)) if isinstance(positions, int) else sorted(set(positions))
+    )
     if not listed or min(listed) < 0:
         raise ValueError(f"global_tokens got positions {list(listed)}, expected at least one, none negative")
     return GlobalTokens(tuple(int(p) for p in listed))
@@ -87,13 +119,13 @@ def block_sparse(layout: Tensor, block: int) -> Mask:
     """Blocks of ``block`` positions see each other where ``layout`` ``([h,] blocks, blocks)`` bool is True."""
     layout = _bool("block_sparse", "layout", layout, (2, 3))
     if layout.shape[-1] != layout.shape[-2]:
-        raise ValueError(f"block_sparse got a layout {tuple(layout.shape)}, expected as many query blocks as key blocks")
+        raise ValueError(
+            f"block_sparse got a layout {tuple(layout.shape)}, expected as many query blocks as key blocks"
+        )
     return BlockSparse(layout if layout.dim() == 3 else layout[None], _positive("block_sparse", "block", block))
 
 
-def bigbird(
-    length: int, block: int = 64, *, window: int = 3, random: int = 3, heads: int = 1, seed: int = 0
-) -> Mask:
+def bigbird(length: int, block: int = 64, *, window: int = 3, random: int = 3, heads: int = 1, seed: int = 0) -> Mask:
     """BigBird's block pattern (ITC): first and last block global, ``window`` blocks around, ``random`` more a row.
 
     Random blocks differ by head and never repeat a window or global block (arXiv 2007.14062).
@@ -149,7 +181,9 @@ def _positive(where: str, name: str, value: int, least: int = 1) -> int:
 def _bool(where: str, name: str, tensor: Any, dims: tuple[int, ...]) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool or tensor.dim() not in dims:
         counts = " or ".join(map(str, dims))
-        raise ValueError(f"{where}: {name} is {_what(tensor)}, expected a bool tensor of {counts} dimensions (True may attend)")
+        raise ValueError(
+            f"{where}: {name} is {_what(tensor)}, expected a bool tensor of {counts} dimensions (True may attend)"
+        )
     return tensor
 
 

@@ -29,6 +29,17 @@ class Tiles(NamedTuple):
     k1: Tensor
 
 
+class Reach(NamedTuple):
+    """The keys that a later query can still see: the last ``window`` and the first ``sinks``.
+
+    ``exact`` says that such a query sees all of them, so that a step over exactly these keys needs no mask.
+    """
+
+    window: int
+    sinks: int
+    exact: bool
+
+
 class Mask:
     """Base of all masks. Subclasses define ``visible`` and, where a tile can be judged cheaply, ``tiles``."""
 
@@ -50,11 +61,17 @@ class Mask:
         """``(left, right)`` when ``q - left <= k <= q + right`` says it all, with ``UNBOUNDED`` for no bound; else None."""
         return None
 
+    def reach(self) -> Reach | None:
+        """What a decoding state has to keep; None when every key may be seen again."""
+        return None
+
     def check(self, b: int, h: int, m: int, n: int) -> None:
         """Raise ``ValueError`` when this mask was made for other sizes than those of the call."""
         for name, mine, theirs in (("batch size", self.batches, b), ("head count", self.heads, h)):
             if mine not in (1, theirs):
-                raise ValueError(f"the mask has {name} {mine} but the call has {theirs}: make the mask for {theirs} or 1")
+                raise ValueError(
+                    f"the mask has {name} {mine} but the call has {theirs}: make the mask for {theirs} or 1"
+                )
 
     def extent(self) -> int:
         """A length at which the shape of the mask shows; ``draw`` uses it."""
@@ -111,7 +128,9 @@ class _Pair(Mask):
         for axis in ("batches", "heads"):
             sizes = {getattr(self.one, axis), getattr(self.other, axis)} - {1}
             if len(sizes) > 1:
-                raise ValueError(f"cannot combine masks made for {' and '.join(map(str, sorted(sizes)))} {axis}: use one")
+                raise ValueError(
+                    f"cannot combine masks made for {' and '.join(map(str, sorted(sizes)))} {axis}: use one"
+                )
             object.__setattr__(self, axis, max(sizes, default=1))
         object.__setattr__(self, "length", self.one.length or self.other.length)
 
@@ -135,6 +154,13 @@ class And(_Pair):
         one, other = self.one.interval(), self.other.interval()
         return (min(one[0], other[0]), min(one[1], other[1])) if one and other else None
 
+    def reach(self) -> Reach | None:
+        one, other = self.one.reach(), self.other.reach()
+        if one and other:
+            return min(one, other, key=lambda r: r.window + r.sinks)._replace(exact=False)
+        found, beside = (one, self.other) if one else (other, self.one)
+        return found and found._replace(exact=found.exact and (beside.interval() or (0, -1))[1] == 0)
+
     def __repr__(self) -> str:
         return f"({self.one!r} & {self.other!r})"
 
@@ -146,6 +172,14 @@ class Or(_Pair):
     def tiles(self, t: Tiles) -> tuple[Tensor, Tensor]:
         (some, every), (some2, every2) = self.one.tiles(t), self.other.tiles(t)
         return some | some2, every | every2
+
+    def reach(self) -> Reach | None:
+        one, other = self.one.reach(), self.other.reach()
+        if not (one and other):
+            return None
+        # Window and first tokens together are exact: each key is of one kind or the other.
+        split = one.exact and other.exact and (one.sinks == 0) != (other.sinks == 0) and 0 in (one.window, other.window)
+        return Reach(max(one.window, other.window), max(one.sinks, other.sinks), split)
 
     def __repr__(self) -> str:
         return f"({self.one!r} | {self.other!r})"

@@ -42,7 +42,9 @@ class Held(Mask):
 
     def _length(self, n: int, what: str) -> None:
         if self.tensor.shape[-1] != n:
-            raise ValueError(f"{what} has length {self.tensor.shape[-1]} but there are {n} keys: give it one entry a key")
+            raise ValueError(
+                f"{what} has length {self.tensor.shape[-1]} but there are {n} keys: give it one entry a key"
+            )
 
 
 class Documents(Held):
@@ -119,7 +121,9 @@ class BlockSparse(Held):
         super().check(b, h, m, n)
         covered = self.tensor.shape[-1] * self.block
         if n > covered or m > n:
-            raise ValueError(f"block_sparse covers {covered} positions, got {m} queries and {n} keys: make a larger layout")
+            raise ValueError(
+                f"block_sparse covers {covered} positions, got {m} queries and {n} keys: make a larger layout"
+            )
 
     def __repr__(self) -> str:
         return f"block_sparse({'x'.join(map(str, self.tensor.shape))}, {self.block})"
@@ -140,7 +144,9 @@ class Explicit(Held):
         super().check(b, h, m, n)
         if tuple(self.tensor.shape[2:]) != (m, n):
             got = "x".join(map(str, self.tensor.shape[2:]))
-            raise ValueError(f"the mask tensor is {got} but there are {m} queries and {n} keys: give it one entry a pair")
+            raise ValueError(
+                f"the mask tensor is {got} but there are {m} queries and {n} keys: give it one entry a pair"
+            )
 
 
 class Moved(Held):

@@ -99,7 +99,7 @@ def block_list(mask: Mask, m: int, n: int, block_q: int, block_k: int) -> BlockL
 def _bits(mask: Mask, tiles: Tensor, m: int, n: int, block_q: int, block_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pattern words ``(tiles, block_q)`` of the given tiles, and whether each shows something and everything."""
     words, seen, complete = [], [], []
-    for part in tiles.split(_TILES_AT_ONCE):
+    for part in torch.split(tiles, _TILES_AT_ONCE):
         b, h, i, j = (x[:, None, None] for x in part.T)
         row, key = i * block_q + torch.arange(block_q)[:, None], j * block_k + torch.arange(block_k)
         exists = (row < m) & (key < n)
@@ -117,7 +117,8 @@ def _bits(mask: Mask, tiles: Tensor, m: int, n: int, block_q: int, block_k: int)
 def _pack(bits: Tensor) -> Tensor:
     """Bool ``(..., at most 64)`` to int64 words, bit j for column j."""
     wide = torch.nn.functional.pad(bits, (0, 64 - bits.shape[-1]))
-    return torch.from_numpy(np.packbits(wide.numpy(), axis=-1, bitorder="little")).view(torch.int64).squeeze(-1)
+    packed = np.packbits(wide.numpy(), axis=-1, bitorder="little")
+    return torch.from_numpy(np.ascontiguousarray(packed).view("<i8")[..., 0].copy())
 
 
 def _unique(words: Tensor, block_q: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from attnkit.masks.algebra import Mask, Tiles
+from attnkit.masks.algebra import Mask, Reach, Tiles
 
 UNBOUNDED = 1 << 62
 
@@ -53,6 +53,9 @@ class Interval(Mask):
     def interval(self) -> tuple[int, int]:
         return self.left, self.right
 
+    def reach(self) -> Reach | None:
+        return None if self.left == UNBOUNDED else Reach(self.left + 1, 0, exact=self.right == 0)
+
     def extent(self) -> int:
         return max([24] + [2 * side + 2 for side in (self.left, self.right) if side != UNBOUNDED])
 
@@ -77,8 +80,15 @@ class Dilated(Mask):
 
     def tiles(self, t: Tiles) -> tuple[Tensor, Tensor]:
         nearest, farthest = t.q0 - t.k1, t.q1 - t.k0
-        some = (farthest >= 0) & (nearest <= (self.window - 1) * self.dilation) & _multiple(nearest, farthest, self.dilation)
+        some = (
+            (farthest >= 0)
+            & (nearest <= (self.window - 1) * self.dilation)
+            & _multiple(nearest, farthest, self.dilation)
+        )
         return some[None, None], torch.zeros_like(some)[None, None]
+
+    def reach(self) -> Reach:
+        return Reach((self.window - 1) * self.dilation + 1, 0, exact=self.dilation == 1)
 
     def extent(self) -> int:
         return max(24, 2 * self.window * self.dilation)
@@ -146,6 +156,9 @@ class Chunked(Mask):
         some, every = _same_chunk(t, self.chunk)
         return some[None, None], every[None, None]
 
+    def reach(self) -> Reach:
+        return Reach(self.chunk, 0, exact=False)
+
     def extent(self) -> int:
         return max(24, 3 * self.chunk)
 
@@ -202,6 +215,10 @@ class GlobalTokens(Mask):
         some = (rows > 0) | (columns > 0)
         every = (rows == t.q1 - t.q0 + 1) | (columns == t.k1 - t.k0 + 1)
         return some[None, None], every[None, None]
+
+    def reach(self) -> Reach | None:
+        first = self.positions == tuple(range(len(self.positions)))
+        return Reach(0, len(self.positions), exact=True) if first else None
 
     def extent(self) -> int:
         return max(24, 2 * self.positions[-1])

@@ -1,0 +1,1 @@
+"""One folder a mechanism; see ``attnkit.registry``."""

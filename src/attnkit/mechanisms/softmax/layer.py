@@ -1,0 +1,183 @@
+"""The layer: projections, head norms, positions and a decoding state around ``softmax_attention``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from attnkit.masks import Mask, causal
+from attnkit.mechanisms.softmax import softmax_attention
+from attnkit.positions import Rotary, T5Buckets, alibi_slopes
+from attnkit.shapes import check_groups
+from attnkit.state import KVState, View, WindowState
+
+
+@dataclass(frozen=True)
+class SoftmaxConfig:
+    """A softmax attention layer.
+
+    ``kv_heads`` None is MHA, 1 is MQA, a divisor of ``heads`` GQA. ``head_size`` is ``width // heads`` when None and
+    ``value_size`` is ``head_size``. ``mask`` None is bidirectional. ``alibi`` and ``t5`` are position biases, ``rotary``
+    turns queries and keys; none of them leaves the order of tokens to the mask (NoPE). ``sink`` learns one logit a head.
+    """
+
+    width: int
+    heads: int
+    kv_heads: int | None = None
+    head_size: int | None = None
+    value_size: int | None = None
+    mask: Mask | None = field(default_factory=causal)
+    rotary: Rotary | None = None
+    alibi: bool = False
+    t5: T5Buckets | None = None
+    qk_norm: bool = False
+    softcap: float | None = None
+    sink: bool = False
+    dropout: float = 0.0
+    scale: float | None = None
+    bias: bool = False
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.heads < 1:
+            raise ValueError(f"SoftmaxConfig: width is {self.width} and heads {self.heads}, expected at least 1 each")
+        check_groups("SoftmaxConfig", self.heads, self.groups)
+        if self.head_size is None and self.width % self.heads:
+            raise ValueError(f"SoftmaxConfig: width {self.width} is no multiple of {self.heads} heads: say head_size=")
+        if self.rotary is not None and self.rotary.head_size != self.key_size:
+            raise ValueError(
+                f"SoftmaxConfig: rotary is made for head size {self.rotary.head_size}, heads have {self.key_size}"
+            )
+        if self.alibi and self.t5 is not None:
+            raise ValueError("SoftmaxConfig: alibi and t5 are both on, expected one position bias: drop one")
+
+    @property
+    def groups(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def key_size(self) -> int:
+        return self.width // self.heads if self.head_size is None else self.head_size
+
+    @property
+    def values(self) -> int:
+        return self.key_size if self.value_size is None else self.value_size
+
+
+class SoftmaxAttention(nn.Module):
+    """Softmax attention on ``(b, n, width)``; ``forward`` for whole sequences, ``step`` for decoding through a state.
+
+    Projections start as N(0, 1/width), so that logits have unit scale at any width; the T5 table as N(0, 1/width),
+    sinks as 0 (a sink that takes as much as one average key).
+    """
+
+    def __init__(self, config: SoftmaxConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.q = nn.Linear(c.width, c.heads * c.key_size, bias=c.bias)
+        self.k = nn.Linear(c.width, c.groups * c.key_size, bias=c.bias)
+        self.v = nn.Linear(c.width, c.groups * c.values, bias=c.bias)
+        self.o = nn.Linear(c.heads * c.values, c.width, bias=c.bias)
+        for linear in (self.q, self.k, self.v, self.o):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        self.q_norm = nn.RMSNorm(c.key_size) if c.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(c.key_size) if c.qk_norm else nn.Identity()
+        self.sink = nn.Parameter(torch.zeros(c.heads)) if c.sink else None
+        self.t5_table = nn.Parameter(torch.randn(c.t5.buckets, c.heads) * c.width**-0.5) if c.t5 else None
+        self.slopes: Tensor | None
+        self.register_buffer("slopes", alibi_slopes(c.heads) if c.alibi else None, persistent=False)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, mask: Mask | None = None) -> Tensor:
+        """Attend within ``x`` ``(b, m, width)``, or from ``x`` to ``context`` ``(b, n, width)`` (cross-attention).
+
+        ``mask`` joins the layer's own, for what belongs to the batch: padding, documents. Cross-attention has no
+        positions and no mask but ``mask``. Returns ``(b, m, width)``.
+        """
+        q, k, v = self._project(x, x if context is None else context)
+        if context is not None:
+            return self._attend(q, k, v, mask, None)
+        positions = torch.arange(x.shape[1], device=x.device)
+        if self.config.rotary is not None:
+            q, k = self.config.rotary.rotate(q, positions), self.config.rotary.rotate(k, positions)
+        own = self.config.mask
+        joined = own & mask if own is not None and mask is not None else own or mask
+        return self._attend(q, k, v, joined, (positions, positions))
+
+    def state(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> KVState | WindowState:
+        """An empty state for ``capacity`` tokens: a ring when the mask lets go of old keys, else the whole sequence."""
+        c = self.config
+        if c.mask is None:
+            raise ValueError("a bidirectional layer cannot decode: give it a causal mask")
+        reach = c.mask.reach()
+        if reach is None or reach.window + reach.sinks >= capacity:
+            return KVState(batch, c.groups, capacity, c.key_size, c.values, dtype=dtype, device=device)
+        return WindowState(
+            batch, c.groups, reach.window, c.key_size, c.values, sinks=reach.sinks, dtype=dtype, device=device
+        )
+
+    def step(self, x: Tensor, state: KVState | WindowState) -> tuple[Tensor, KVState | WindowState]:
+        """Feed the next token or tokens ``x`` ``(b, m, width)``: any split of a sequence gives the rows of ``forward``."""
+        q, k, v = self._project(x, x)
+        positions = torch.arange(state.length, state.length + x.shape[1], device=x.device)
+        if self.config.rotary is not None:
+            q, k = self.config.rotary.rotate(q, positions), self.config.rotary.rotate(k, positions)
+        view: View = state.append(k, v)
+        keys = view.positions
+        where = (positions, torch.arange(view.length, device=x.device) if keys is None else keys)
+        mask = view.mask(self.config.mask, x.shape[1])
+        return self._attend(q, view.k, view.v, mask, where, ordered=keys is None), state
+
+    def _project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c = self.config
+        q = self.q(x).unflatten(-1, (c.heads, c.key_size)).transpose(1, 2)
+        k = self.k(source).unflatten(-1, (c.groups, c.key_size)).transpose(1, 2)
+        v = self.v(source).unflatten(-1, (c.groups, c.values)).transpose(1, 2)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask | None,
+        positions: tuple[Tensor, Tensor] | None,
+        *,
+        ordered: bool = True,
+    ) -> Tensor:
+        c = self.config
+        bias, alibi = None, None
+        if positions is not None and c.t5 is not None:
+            assert self.t5_table is not None
+            bias = c.t5.bias(self.t5_table, *positions)
+        if positions is not None and self.slopes is not None:
+            if ordered:
+                alibi = self.slopes
+            else:  # keys of a ring do not stand at their index, so the distances are spelled out
+                queries, keys = positions
+                bias = -self.slopes[:, None, None] * (queries[:, None] - keys).abs()
+        o = softmax_attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            scale=c.scale,
+            bias=bias,
+            alibi=alibi,
+            softcap=c.softcap,
+            sink=self.sink,
+            dropout=c.dropout if self.training else 0.0,
+            backend=c.backend,
+        )
+        y: Tensor = self.o(o.transpose(1, 2).flatten(2))
+        return y
