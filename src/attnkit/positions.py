@@ -41,7 +41,7 @@ class Llama3:
 
 @dataclass(frozen=True)
 class YaRN:
-    """YaRN (arXiv 2309.00071): interpolates slow frequencies only and multiplies cos and sin by ``attention_factor``."""
+    """YaRN (arXiv 2309.00071): interpolates slow frequencies only; cos and sin grow by ``attention_factor``."""
 
     factor: float
     original: int
@@ -77,8 +77,9 @@ class YaRN:
 class Rotary:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) of the first ``rotary_size`` of ``head_size`` channels.
 
-    ``style="half"`` pairs channel ``i`` with ``i + rotary_size / 2`` (GPT-NeoX, Hugging Face Llama); ``"interleaved"`` pairs
-    ``2i`` with ``2i + 1`` (GPT-J, Meta's Llama, DeepSeek). Weights trained with one style are wrong under the other.
+    ``style="half"`` pairs channel ``i`` with ``i + rotary_size / 2`` (GPT-NeoX, Hugging Face Llama); ``"interleaved"``
+    pairs ``2i`` with ``2i + 1`` (GPT-J, Meta's Llama, DeepSeek). Weights trained with one style are wrong under the
+    other.
     """
 
     head_size: int
@@ -115,7 +116,7 @@ class Rotary:
         return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotate ``x`` ``(b, h, n, d)`` by ``positions`` ``(n,)`` or ``(b, n)``; computed in float32 at least, ``x``'s dtype out."""
+        """Rotate ``x`` ``(b, h, n, d)`` by ``positions`` ``(n,)`` or ``(b, n)``; in float32 at least, ``x``'s dtype out."""
         if x.shape[-1] != self.head_size:
             raise ValueError(f"rotate: x has head size {x.shape[-1]}, expected {self.head_size}")
         work = torch.promote_types(x.dtype, torch.float32)

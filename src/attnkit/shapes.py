@@ -38,7 +38,8 @@ def check(where: str, **tensors: tuple[Any, str]) -> dict[str, int]:
         axes = pattern.split()
         if tensor.dim() != len(axes):
             raise ValueError(
-                f"{where}: {name} has {tensor.dim()} dimensions {_shape(tensor)}, expected {len(axes)} ({_axes(pattern)})"
+                f"{where}: {name} has {tensor.dim()} dimensions {_shape(tensor)}, "
+                f"expected {len(axes)} ({_axes(pattern)})"
             )
         for axis, size in zip(axes, tensor.shape, strict=True):
             if sizes.setdefault(axis, size) != size:

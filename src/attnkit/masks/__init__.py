@@ -59,7 +59,7 @@ def full() -> Mask:
 
 
 def causal() -> Mask:
-    """A query sees itself and everything before it; with fewer queries than keys they are the last ones (bottom-right)."""
+    """A query sees itself and everything before it; fewer queries than keys are the last ones (bottom-right)."""
     return Interval(UNBOUNDED, 0)
 
 
@@ -83,12 +83,12 @@ def dilated_window(size: int, dilation: int) -> Mask:
 
 
 def strided(stride: int) -> Mask:
-    """Sparse Transformer's strided pattern, both heads' sets in one: near keys and every ``stride``-th (arXiv 1904.10509)."""
+    """Sparse Transformer's strided pattern, both heads' sets: near keys and every ``stride``-th (arXiv 1904.10509)."""
     return Strided(_positive("strided", "stride", stride))
 
 
 def fixed(stride: int, columns: int) -> Mask:
-    """Sparse Transformer's fixed pattern: the own block and the last ``columns`` of every earlier block (arXiv 1904.10509)."""
+    """Sparse Transformer's fixed pattern: the own block and the last ``columns`` of each earlier one (1904.10509)."""
     stride, columns = _positive("fixed", "stride", stride), _positive("fixed", "columns", columns)
     if columns > stride:
         raise ValueError(f"fixed: columns is {columns} but stride is {stride}, expected columns <= stride")
@@ -106,7 +106,7 @@ def prefix(length: int) -> Mask:
 
 
 def global_tokens(positions: int | Sequence[int]) -> Mask:
-    """Tokens that see all and are seen by all: the first ``positions``, or those listed. Decoders add ``& causal()``."""
+    """Tokens that see all and are seen by all: the first so many, or those listed. Decoders add ``& causal()``."""
     listed = (
         range(_positive("global_tokens", "count", positions)) if isinstance(positions, int) else sorted(set(positions))
     )
@@ -149,7 +149,7 @@ def documents(ids: Tensor) -> Mask:
 
 
 def padding(keep: Tensor) -> Mask:
-    """Hides padding keys: ``keep`` ``(b, n)`` bool, True for a real token (``nn.MultiheadAttention`` has it inverted)."""
+    """Hides padding keys: ``keep`` ``(b, n)`` bool, True for a real token (``nn.MultiheadAttention`` inverts it)."""
     keep = _bool("padding", "keep", keep, (1, 2))
     return Padding(keep if keep.dim() == 2 else keep[None])
 
@@ -165,7 +165,7 @@ def predicate(
 ) -> Mask:
     """Any rule: ``function(b, h, q, k)`` of broadcasting index tensors returns bool; absolute positions.
 
-    Say ``batches=`` or ``heads=`` when it depends on them. Keep one function object: lowerings are kept by its identity.
+    Say ``batches=`` or ``heads=`` when it depends on them. Keep one function object: lowerings are kept by identity.
     """
     return Predicate(function, batches, heads)
 

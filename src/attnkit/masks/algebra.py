@@ -1,7 +1,7 @@
 """The algebra: what a mask answers, and how masks combine.
 
 A mask answers ``visible(b, h, q, k)`` for index tensors holding *absolute* positions: in a call with m queries and n
-keys, query ``i`` sits at position ``n - m + i`` and key ``j`` at ``j`` (bottom-right alignment). True means "may attend".
+keys, query ``i`` sits at position ``n - m + i`` and key ``j`` at ``j`` (bottom-right alignment). True may attend.
 It also says of a tile of queries and keys whether *some* or *every* pair in it is visible, so that a lowering never
 looks at a tile that is empty or full.
 """
@@ -53,12 +53,12 @@ class Mask:
         raise NotImplementedError
 
     def tiles(self, t: Tiles) -> tuple[Tensor, Tensor]:
-        """Bool ``(batches | 1, heads | 1, nq, nk)``: false where surely no pair is visible, true where surely every pair is."""
+        """Two bool ``(batches | 1, heads | 1, nq, nk)``: false where surely no pair is visible; true where every one is."""
         shape = (1, 1, t.q0.shape[0], t.k0.shape[1])
         return torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
 
     def interval(self) -> tuple[int, int] | None:
-        """``(left, right)`` when ``q - left <= k <= q + right`` says it all, with ``UNBOUNDED`` for no bound; else None."""
+        """``(left, right)`` when ``q - left <= k <= q + right`` says it all, ``UNBOUNDED`` for no bound; else None."""
         return None
 
     def reach(self) -> Reach | None:
@@ -112,7 +112,7 @@ class Mask:
         return create_block_mask(mask_mod, batches, heads, m, n, device=str(device))
 
     def draw(self, n: int | None = None, m: int | None = None, cells: int = 24) -> str:
-        """A picture for the terminal: ``■`` all visible, ``▪`` some, ``·`` none, in at most ``cells`` rows and columns."""
+        """A picture for the terminal: ``■`` all visible, ``▪`` some, ``·`` none; at most ``cells`` rows and columns."""
         n = n or self.length or self.extent()
         return lowering.draw(self, m or n, n, cells)
 

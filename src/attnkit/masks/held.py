@@ -150,7 +150,7 @@ class Explicit(Held):
 
 
 class Moved(Held):
-    """``inner`` for keys that are not stored in order: row ``i`` and column ``j`` stand at the given absolute positions."""
+    """``inner`` for keys that are not stored in order: rows and columns stand at the given absolute positions."""
 
     def __init__(self, inner: Mask, queries: Tensor, keys: Tensor) -> None:
         super().__init__(torch.cat([queries, keys]))

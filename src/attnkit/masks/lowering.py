@@ -22,9 +22,9 @@ class BlockList:
     """The non-empty tiles of a mask, in the form the native kernels read.
 
     ``offsets`` int64 ``(batches * heads * query_blocks + 1,)``: where each block row starts in ``columns``.
-    ``columns`` int32: ascending indices of the non-empty key blocks. ``pattern`` int32: -1 for a full block, else a row
-    of ``patterns`` int64 ``(p, block_q)``, whose word ``i`` has bit ``j`` set when query row ``i`` sees key ``j`` of the
-    block. In the ragged last blocks, bits of rows or keys that do not exist are 0.
+    ``columns`` int32: ascending indices of the non-empty key blocks. ``pattern`` int32: -1 for a full block, else a
+    row of ``patterns`` int64 ``(p, block_q)``, whose word ``i`` has bit ``j`` set when query row ``i`` sees key ``j``
+    of the block. In the ragged last blocks, bits of rows or keys that do not exist are 0.
     """
 
     offsets: Tensor

@@ -1,4 +1,4 @@
-"""Decoding states: tensors and bookkeeping, no attention maths. ``append`` hands attention a ``View`` of what to attend to."""
+"""Decoding states: tensors and bookkeeping, no attention maths. ``append`` returns a ``View`` to attend to."""
 
 from __future__ import annotations
 

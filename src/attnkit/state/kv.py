@@ -54,8 +54,8 @@ class KVState:
         m = check_new_tokens("KVState.append", k, v, self._k, self._v)
         if self.length + m > self.capacity:
             raise ValueError(
-                f"KVState.append: holds {self.length} of {self.capacity} tokens and got {m} more: make the state with a "
-                f"capacity of at least {self.length + m}"
+                f"KVState.append: holds {self.length} of {self.capacity} tokens and got {m} more: make the state with "
+                f"a capacity of at least {self.length + m}"
             )
         self._k[:, :, self.length : self.length + m] = k
         self._v[:, :, self.length : self.length + m] = v
@@ -96,8 +96,8 @@ def check_new_tokens(where: str, k: Tensor, v: Tensor, keys: Tensor, values: Ten
     for name, new, held in (("k", k, keys), ("v", v, values)):
         if new.shape[:2] != held.shape[:2] or new.shape[3] != held.shape[3]:
             raise ValueError(
-                f"{where}: {name} has shape {tuple(new.shape)}, expected {(*held.shape[:2], m, held.shape[3])} (batch, KV "
-                f"heads, tokens, size) to match the state"
+                f"{where}: {name} has shape {tuple(new.shape)}, expected {(*held.shape[:2], m, held.shape[3])} "
+                f"(batch, KV heads, tokens, size) to match the state"
             )
         if new.dtype != held.dtype or new.device != held.device:
             raise TypeError(

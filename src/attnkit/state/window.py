@@ -12,7 +12,8 @@ from attnkit.state.view import View
 class WindowState:
     """Keys and values of the last ``window`` tokens and of the first ``sinks``, whatever the length of the sequence.
 
-    Past the sinks, token ``t`` lives in slot ``sinks + (t - sinks) % window``: the newest overwrites the oldest, nothing moves.
+    Past the sinks, token ``t`` lives in slot ``sinks + (t - sinks) % window``: the newest overwrites the oldest and
+    nothing moves.
     The order of the slots is not that of the tokens: ``View.positions`` says where each stands.
     """
 
@@ -48,8 +49,9 @@ class WindowState:
     def append(self, k: Tensor, v: Tensor) -> View:
         """Store ``m`` new tokens; return the keys that *they* may see, those about to be overwritten included.
 
-        One token is written first and the ring itself is returned; several are joined to the kept keys, a copy of at most
-        ``sinks + window + m`` tokens, because the oldest keys are visible to the first of them and gone for the last.
+        One token is written first and the ring itself is returned; several are joined to the kept keys, a copy of at
+        most ``sinks + window + m`` tokens, because the oldest keys are visible to the first of them and gone for the
+        last.
         """
         m = check_new_tokens("WindowState.append", k, v, self._k, self._v)
         start, self.length = self.length, self.length + m
@@ -77,15 +79,15 @@ class WindowState:
         return View(self._k[:, :, held], self._v[:, :, held], self.length, self._positions[held])
 
     def crop(self, length: int) -> None:
-        """Forget all but the first ``length`` tokens; refused where keys that would be visible have been overwritten."""
+        """Forget all but the first ``length`` tokens; refused where the next query would see overwritten ones."""
         if not 0 <= length <= self.length:
             raise ValueError(f"WindowState.crop: length is {length}, expected 0 to {self.length}, the tokens appended")
         oldest = max(length + 1 - self.window, self.sinks)  # what the next query sees, the sinks apart
         needed = set(range(oldest, length)) | set(range(min(self.sinks, length)))
         if lost := needed - set(self._positions.tolist()):
             raise ValueError(
-                f"WindowState.crop: cannot go back from {self.length} to {length} tokens, the window of {self.window} has "
-                f"overwritten token {min(lost)}, which would be visible: crop less, or keep a fork"
+                f"WindowState.crop: cannot go back from {self.length} to {length} tokens, the window of {self.window} "
+                f"has overwritten token {min(lost)}, which would be visible: crop less, or keep a fork"
             )
         self._positions[self._positions >= length] = -1
         self.length, self._held = length, int((self._positions >= 0).sum())

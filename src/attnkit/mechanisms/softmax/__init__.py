@@ -106,7 +106,7 @@ def call(
     seed: int | None = None,
     return_lse: bool = False,
 ) -> dict[str, Any]:
-    """Check the arguments of ``softmax_attention``; return them by name, with defaults filled in and masks simplified."""
+    """Check the arguments of ``softmax_attention``; return them by name, defaults filled in and masks simplified."""
     where = "softmax_attention"
     sizes = shapes.check(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"))
     b, h, m, n, d = (sizes[axis] for axis in "bhmnd")

@@ -19,8 +19,9 @@ class SoftmaxConfig:
     """A softmax attention layer.
 
     ``kv_heads`` None is MHA, 1 is MQA, a divisor of ``heads`` GQA. ``head_size`` is ``width // heads`` when None and
-    ``value_size`` is ``head_size``. ``mask`` None is bidirectional. ``alibi`` and ``t5`` are position biases, ``rotary``
-    turns queries and keys; none of them leaves the order of tokens to the mask (NoPE). ``sink`` learns one logit a head.
+    ``value_size`` is ``head_size``. ``mask`` None is bidirectional. ``alibi`` and ``t5`` are position biases and
+    ``rotary`` turns queries and keys; none of them leaves the order of tokens to the mask (NoPE). ``sink`` learns one
+    logit a head.
     """
 
     width: int
@@ -127,7 +128,7 @@ class SoftmaxAttention(nn.Module):
         )
 
     def step(self, x: Tensor, state: KVState | WindowState) -> tuple[Tensor, KVState | WindowState]:
-        """Feed the next token or tokens ``x`` ``(b, m, width)``: any split of a sequence gives the rows of ``forward``."""
+        """Feed the next token or tokens ``x`` ``(b, m, width)``; any split of a sequence gives ``forward``'s rows."""
         q, k, v = self._project(x, x)
         positions = torch.arange(state.length, state.length + x.shape[1], device=x.device)
         if self.config.rotary is not None:

@@ -50,7 +50,7 @@ def forward(
 
 
 def _softmax(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weights ``(b, h, m, n)`` and log-sum-exp ``(b, h, m)``; a row with nothing to attend to has weights 0 and -inf."""
+    """Weights ``(b, h, m, n)`` and log-sum-exp ``(b, h, m)``; a row that sees nothing has weights 0 and -inf."""
     if scores.shape[-1] == 0:
         lse = scores.new_full(scores.shape[:-1], -torch.inf)
         return scores, lse if sink is None else lse.logaddexp(sink.expand_as(lse))
@@ -87,7 +87,7 @@ def _values(weights: Tensor, keep: Tensor | None, v: Tensor) -> Tensor:
 def dropout_keep(seed: int, b: int, h: int, m: int, n: int, dropout: float, device: torch.device) -> Tensor:
     """Which weights survive, bool ``(b, h, m, n)``: a hash of (seed, batch, head, query and key position).
 
-    Position-keyed, so a recomputed backward, another split of the sequence or another order of work drops the same ones.
+    Keyed by position: a recomputed backward, another split of the sequence or order of work drops the same ones.
     """
     bits = torch.full((), seed, dtype=torch.int64, device=device)
     positions = (torch.arange(b), torch.arange(h), torch.arange(n - m, n), torch.arange(n))
