@@ -90,7 +90,7 @@ class Backend:
 class Preset:
     """A named configuration of a mechanism's layer, such as MQA, which is softmax attention with one KV head.
 
-    ``configure(place)`` returns the configuration of the layer at a ``LayerPlace``; ``place.window`` scales what is local.
+    ``configure(place)`` gives the configuration of the layer at a ``LayerPlace``; its ``window`` scales what is local.
     """
 
     name: str

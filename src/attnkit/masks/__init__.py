@@ -112,7 +112,11 @@ def global_tokens(positions: int | Sequence[int]) -> Mask:
     )
     if not listed or min(listed) < 0:
         raise ValueError(f"global_tokens got positions {list(listed)}, expected at least one, none negative")
-    return GlobalTokens(tuple(int(p) for p in listed))
+    runs: list[tuple[int, int]] = []
+    for position in listed:
+        grows = bool(runs) and position == runs[-1][1] + 1
+        runs[-1:] = [(runs[-1][0], position)] if grows else [*runs[-1:], (position, position)]
+    return GlobalTokens(tuple(runs))
 
 
 def block_sparse(layout: Tensor, block: int) -> Mask:

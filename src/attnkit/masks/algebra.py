@@ -53,7 +53,7 @@ class Mask:
         raise NotImplementedError
 
     def tiles(self, t: Tiles) -> tuple[Tensor, Tensor]:
-        """Two bool ``(batches | 1, heads | 1, nq, nk)``: false where surely no pair is visible; true where every one is."""
+        """Two bool ``(batches | 1, heads | 1, nq, nk)``: whether some pair may be visible, whether surely all."""
         shape = (1, 1, t.q0.shape[0], t.k0.shape[1])
         return torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
 

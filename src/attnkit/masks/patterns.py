@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -187,23 +186,18 @@ class Prefix(Mask):
 
 @dataclass(frozen=True, repr=False)
 class GlobalTokens(Mask):
-    positions: tuple[int, ...]
+    runs: tuple[tuple[int, int], ...]
+    """First and last position of each run of global tokens, ascending."""
+
+    @property
+    def positions(self) -> list[int]:
+        return [position for first, last in self.runs for position in range(first, last + 1)]
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = (q != q) | (k != k)
-        for lo, hi in self._runs:
-            seen = seen | ((q >= lo) & (q <= hi)) | ((k >= lo) & (k <= hi))
+        for first, last in self.runs:
+            seen = seen | ((q >= first) & (q <= last)) | ((k >= first) & (k <= last))
         return seen
-
-    @cached_property
-    def _runs(self) -> tuple[tuple[int, int], ...]:
-        runs: list[tuple[int, int]] = []
-        for position in self.positions:
-            if runs and position == runs[-1][1] + 1:
-                runs[-1] = (runs[-1][0], position)
-            else:
-                runs.append((position, position))
-        return tuple(runs)
 
     def tiles(self, t: Tiles) -> tuple[Tensor, Tensor]:
         marks = torch.tensor(self.positions)
@@ -217,15 +211,15 @@ class GlobalTokens(Mask):
         return some[None, None], every[None, None]
 
     def reach(self) -> Reach | None:
-        first = self.positions == tuple(range(len(self.positions)))
-        return Reach(0, len(self.positions), exact=True) if first else None
+        (first, last), *others = self.runs
+        return Reach(0, last + 1, exact=True) if first == 0 and not others else None
 
     def extent(self) -> int:
-        return max(24, 2 * self.positions[-1])
+        return max(24, 2 * self.runs[-1][1])
 
     def __repr__(self) -> str:
-        few = self.positions == tuple(range(len(self.positions)))
-        return f"global_tokens({len(self.positions) if few else list(self.positions)})"
+        first = self.reach()
+        return f"global_tokens({first.sinks if first else self.positions})"
 
 
 @dataclass(frozen=True, repr=False)

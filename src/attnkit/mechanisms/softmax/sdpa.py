@@ -39,14 +39,15 @@ def forward(
     return_lse: bool,
 ) -> Tensor:
     m, n = q.shape[2], k.shape[2]
+    grouped = q.shape[1] != k.shape[1]
     # torch's is_causal counts from the top left: the same thing only when there are as many queries as keys.
     square_causal = mask is not None and mask.interval() == (UNBOUNDED, 0) and m == n
     plain = bias is None and alibi is None and sink is None
     if plain and (mask is None or square_causal):
-        return scaled_dot_product_attention(q, k, v, is_causal=square_causal, scale=scale, enable_gqa=True)
+        return scaled_dot_product_attention(q, k, v, is_causal=square_causal, scale=scale, enable_gqa=grouped)
     keep = mask.dense(m, n, q.device) if mask is not None else None
     if plain:
-        return scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale, enable_gqa=True)
+        return scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale, enable_gqa=grouped)
     work = torch.promote_types(q.dtype, torch.float32)
     added = torch.zeros(1, 1, m, n, dtype=work, device=q.device) if bias is None else bias.to(work)
     if alibi is not None:
@@ -60,4 +61,4 @@ def forward(
         k, v = pad(k, (0, 0, 0, 1)), pad(v, (0, 0, 0, 1))
     if q.device.type != "cpu":  # only the CPU kernel takes a float32 mask beside half-precision queries
         added = added.to(q.dtype)
-    return scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale, enable_gqa=True)
+    return scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale, enable_gqa=grouped)
