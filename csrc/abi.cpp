@@ -1,0 +1,167 @@
+// Checks what comes from outside, chooses the instruction level, and calls it. Compiled for any processor.
+#include "abi.h"
+
+#include <atomic>
+
+#include "levels/level.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace attnkit {
+
+#define ATTNKIT_DECLARE(name) \
+  namespace name {            \
+  extern const Level level;   \
+  }
+#if defined(ATTNKIT_HAS_GENERIC)
+ATTNKIT_DECLARE(generic)
+#endif
+#if defined(ATTNKIT_HAS_V2)
+ATTNKIT_DECLARE(v2)
+#endif
+#if defined(ATTNKIT_HAS_V3)
+ATTNKIT_DECLARE(v3)
+#endif
+#if defined(ATTNKIT_HAS_V4)
+ATTNKIT_DECLARE(v4)
+#endif
+#if defined(ATTNKIT_HAS_V4BF16)
+ATTNKIT_DECLARE(v4bf16)
+#endif
+
+namespace {
+
+#if defined(ATTNKIT_HAS_GENERIC)
+bool always() { return true; }
+#endif
+
+#if defined(__x86_64__)
+// __builtin_cpu_supports also asks whether the system saves the wider registers. It does not know F16C in all compilers.
+bool runs_v2() { return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt"); }
+bool runs_v3() {
+  unsigned a, b, c, d;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  return runs_v2() && f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+}
+bool runs_v4() {
+  return runs_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512cd");
+}
+bool runs_v4bf16() { return runs_v4() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+struct Built {
+  const Level* level;
+  bool (*runs_here)();
+};
+
+// Slowest first; the last that runs here is the default.
+const Built kBuilt[] = {
+#if defined(ATTNKIT_HAS_GENERIC)
+    {&generic::level, always},
+#endif
+#if defined(ATTNKIT_HAS_V2)
+    {&v2::level, runs_v2},
+#endif
+#if defined(ATTNKIT_HAS_V3)
+    {&v3::level, runs_v3},
+#endif
+#if defined(ATTNKIT_HAS_V4)
+    {&v4::level, runs_v4},
+#endif
+#if defined(ATTNKIT_HAS_V4BF16)
+    {&v4bf16::level, runs_v4bf16},
+#endif
+};
+constexpr int32_t kLevels = sizeof kBuilt / sizeof kBuilt[0];
+
+int32_t fastest() {
+  int32_t best = 0;
+  for (int32_t i = 0; i < kLevels; ++i)
+    if (kBuilt[i].runs_here()) best = i;
+  return best;
+}
+
+std::atomic<int32_t> chosen{fastest()};
+
+const Level& level() { return *kBuilt[chosen.load(std::memory_order_relaxed)].level; }
+
+int32_t check(const attnkit_softmax& s) {
+  if (s.dtype < ATTNKIT_FLOAT32 || s.dtype > ATTNKIT_FLOAT16) return ATTNKIT_BAD_DTYPE;
+  if (s.kernel != ATTNKIT_PREFILL && s.kernel != ATTNKIT_DECODE) return ATTNKIT_BAD_KERNEL;
+  if (s.b < 0 || s.h < 1 || s.g < 1 || s.h % s.g != 0 || s.m < 0 || s.n < 0 || s.d < 1 || s.e < 1 || s.threads < 1)
+    return ATTNKIT_BAD_SIZE;
+  if (s.offsets) {
+    if ((s.mask_batches != 1 && s.mask_batches != s.b) || (s.mask_heads != 1 && s.mask_heads != s.h))
+      return ATTNKIT_BAD_MASK;
+    if (s.kernel == ATTNKIT_DECODE && s.m > ATTNKIT_BLOCK_QUERIES) return ATTNKIT_BAD_KERNEL;
+  }
+  return ATTNKIT_OK;
+}
+
+bool nothing_to_do(const attnkit_softmax& s) { return s.b == 0 || s.m == 0; }
+
+}  // namespace
+}  // namespace attnkit
+
+using namespace attnkit;
+
+int32_t attnkit_abi_version(void) { return ATTNKIT_ABI_VERSION; }
+
+int32_t attnkit_openmp(void) {
+#if defined(ATTNKIT_HAS_OPENMP)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+const char* attnkit_compiler(void) {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+int32_t attnkit_level_count(void) { return kLevels; }
+
+const char* attnkit_level_name(int32_t i) { return i < 0 || i >= kLevels ? "" : kBuilt[i].level->name; }
+
+int32_t attnkit_level_runs_here(int32_t i) { return i >= 0 && i < kLevels && kBuilt[i].runs_here(); }
+
+int32_t attnkit_get_level(void) { return chosen.load(std::memory_order_relaxed); }
+
+int32_t attnkit_set_level(int32_t i) {
+  if (!attnkit_level_runs_here(i)) return ATTNKIT_BAD_LEVEL;
+  chosen.store(i, std::memory_order_relaxed);
+  return ATTNKIT_OK;
+}
+
+int64_t attnkit_softmax_scratch_bytes(const attnkit_softmax* call) {
+  const int32_t status = check(*call);
+  if (status != ATTNKIT_OK) return -status;
+  return nothing_to_do(*call) ? 0 : level().softmax_scratch_bytes(*call);
+}
+
+int32_t attnkit_softmax_forward(const attnkit_softmax* call, void* scratch, int64_t scratch_bytes) {
+  const int64_t needed = attnkit_softmax_scratch_bytes(call);
+  if (needed < 0) return static_cast<int32_t>(-needed);
+  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
+  if (!nothing_to_do(*call)) level().softmax_forward(*call, static_cast<char*>(scratch));
+  return ATTNKIT_OK;
+}
+
+double attnkit_fma_gflops(int64_t threads, double seconds) { return level().fma_gflops(threads, seconds); }
+
+double attnkit_bf16_dot_gflops(int64_t threads, double seconds) { return level().bf16_dot_gflops(threads, seconds); }
+
+double attnkit_read_gigabytes(const void* buffer, int64_t bytes, int64_t threads, double seconds) {
+  return level().read_gigabytes(buffer, bytes, threads, seconds);
+}

@@ -1,0 +1,339 @@
+// Attention of few queries over a long cache: every key and value is read from memory once, for all rows of its KV head.
+//
+// The keys are cut into ranges by their number alone, so a row's result depends neither on the batch nor on the threads;
+// ranges are merged by their log-sum-exp.
+
+// Short enough to keep two threads busy from 2,000 keys on with one KV head, long enough that merging costs nothing.
+constexpr int64_t kSplitKeys = 512;
+constexpr int64_t kMostSplits = 64;
+constexpr int64_t kScoreRow = kBlockKeys + kWidth;  // room for the last chunk of keys to run over
+
+// Products of query and key rows, a vector of the row at a time.
+template <class T>
+struct RowProduct {
+  using Query = float;
+  static constexpr int64_t kNumbers = kWidth;
+  using Loaded = Vec;
+  static ATTNKIT_INLINE Loaded load_key(const T* p) { return load(p); }
+  static ATTNKIT_INLINE Loaded load_key_first(const T* p, int count) { return load_first(p, count); }
+  static ATTNKIT_INLINE Vec multiply_add(Vec c, const float* q, Loaded k) { return fma(load(q), k, c); }
+  static ATTNKIT_INLINE void store_query(float* to, const T* p, int count) { store(to, load_first(p, count)); }
+};
+
+#if defined(ATTNKIT_BF16_DOT)
+template <>
+struct RowProduct<BFloat16> {
+  using Query = uint32_t;
+  static constexpr int64_t kNumbers = 2 * kWidth;
+  using Loaded = Pairs;
+  static ATTNKIT_INLINE Loaded load_key(const BFloat16* p) { return load_pairs(reinterpret_cast<const uint32_t*>(p)); }
+  static ATTNKIT_INLINE Loaded load_key_first(const BFloat16* p, int count) { return load_pairs_first(p, count); }
+  static ATTNKIT_INLINE Vec multiply_add(Vec c, const uint32_t* q, Loaded k) {
+    return dot_pairs(c, load_pairs(q), k);
+  }
+  static ATTNKIT_INLINE void store_query(uint32_t* to, const BFloat16* p, int count) {
+    _mm512_storeu_si512(to, load_pairs_first(p, count));
+  }
+};
+#endif
+
+template <class T>
+class Decode {
+  using Product = RowProduct<T>;
+  using Query = typename Product::Query;
+
+ public:
+  explicit Decode(const attnkit_softmax& call)
+      : s_(call),
+        logits_(call),
+        // Heads that see different blocks cannot share a walk over them.
+        heads_(call.mask_heads == 1 ? call.h / call.g : 1),
+        rows_(heads_ * call.m),
+        query_vectors_(ceil_div(call.d, Product::kNumbers)),
+        value_columns_(round_up(call.e, kWidth)),
+        split_keys_(most(kSplitKeys, round_up(ceil_div(call.n, kMostSplits), kBlockKeys))),
+        keys_{visible_range(call, 0).begin, visible_range(call, call.m - 1).end},
+        first_split_(keys_.begin / split_keys_),
+        splits_(keys_.empty() ? 0 : ceil_div(keys_.end, split_keys_) - first_split_),
+        threads_(useful_threads(call, call.b * (call.h / heads_) * splits_)) {}
+
+  int64_t scratch_bytes() const { return part_bytes() + threads_ * work_bytes(); }
+
+  void run(char* scratch) const {
+    float* const parts = reinterpret_cast<float*>(scratch);
+    const int64_t tasks = s_.b * (s_.h / heads_) * splits_;
+#pragma omp parallel num_threads(static_cast<int>(threads_)) if (threads_ > 1)
+    {
+      const Work work(*this, scratch + part_bytes() + thread_number() * work_bytes());
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < tasks; ++task) {
+        const int64_t walk = task / splits_;
+        const int64_t batch = walk / (s_.h / heads_), head = walk % (s_.h / heads_) * heads_;
+        attend(work, batch, head, task % splits_);
+        keep(work, parts, batch, head, task % splits_);
+      }
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < s_.b * s_.h * s_.m; ++row) merge(work, parts, row);
+    }
+  }
+
+ private:
+  struct Work {
+    Query* queries;   // rows_ of query_vectors_ vectors
+    float* scores;    // rows_ of kScoreRow
+    float* weights;   // rows_ of kScoreRow
+    float* sums;      // rows_ of value_columns_, not yet divided by the totals
+    float* totals;    // rows_ of one vector
+    float* tops;      // rows_
+    uint64_t* words;  // one per query
+    Work(const Decode& d, char* memory)
+        : queries(reinterpret_cast<Query*>(memory)),
+          scores(reinterpret_cast<float*>(queries + d.rows_ * d.query_vectors_ * kWidth)),
+          weights(scores + d.rows_ * kScoreRow),
+          sums(weights + d.rows_ * kScoreRow),
+          totals(sums + d.rows_ * d.value_columns_),
+          tops(totals + d.rows_ * kWidth),
+          words(reinterpret_cast<uint64_t*>(tops + round_up(d.rows_, 2))) {}
+  };
+
+  int64_t work_bytes() const {
+    return round_up(4 * rows_ * (query_vectors_ * kWidth + 2 * kScoreRow + value_columns_ + kWidth) +
+                        4 * round_up(rows_, 2) + 8 * s_.m,
+                    64);
+  }
+  // Sums, total and top of every row and range.
+  int64_t part_floats() const { return value_columns_ + 2; }
+  int64_t part_bytes() const { return round_up(4 * s_.b * s_.h * s_.m * splits_ * part_floats(), 64); }
+  float* part(float* parts, int64_t batch, int64_t head, int64_t i, int64_t split) const {
+    return parts + (((batch * s_.h + head) * s_.m + i) * splits_ + split) * part_floats();
+  }
+
+  void attend(const Work& w, int64_t batch, int64_t head, int64_t split) const {
+    for (int64_t r = 0; r < rows_; ++r) {
+      const T* q = static_cast<const T*>(s_.q) + batch * s_.q_b + (head + r / s_.m) * s_.q_h + r % s_.m * s_.q_m;
+      for (int64_t j = 0; j < query_vectors_; ++j)
+        Product::store_query(w.queries + (r * query_vectors_ + j) * kWidth, q + j * Product::kNumbers,
+                             static_cast<int>(least(Product::kNumbers, s_.d - j * Product::kNumbers)));
+      w.tops[r] = -kInfinity;
+    }
+    for (int64_t j = 0; j < rows_ * value_columns_; ++j) w.sums[j] = 0.0f;
+    for (int64_t j = 0; j < rows_ * kWidth; ++j) w.totals[j] = 0.0f;
+
+    const int64_t start = (first_split_ + split) * split_keys_;
+    const KeyBlocks blocks(s_, batch, head, 0, {most(keys_.begin, start), least(keys_.end, start + split_keys_)});
+    for (int64_t entry = blocks.entry; entry < blocks.entry_end; ++entry)
+      attend_block(w, batch, head, blocks.key_block(entry), blocks.words(entry));
+  }
+
+  void attend_block(const Work& w, int64_t batch, int64_t head, int64_t key_block, const int64_t* words) const {
+    uint64_t any = 0, every = kAll;
+    for (int64_t i = 0; i < s_.m; ++i) {
+      w.words[i] = visible_word(s_, i, key_block, words);
+      any |= w.words[i];
+      every &= w.words[i];
+    }
+    if (any == 0) return;
+    // Keys outside [begin, end) are not even read.
+    const int64_t begin = __builtin_ctzll(any), end = kBlockKeys - __builtin_clzll(any);
+    const int64_t group = head / (s_.h / s_.g), key = key_block * kBlockKeys;
+    const T* keys = static_cast<const T*>(s_.k) + batch * s_.k_b + group * s_.k_g + key * s_.k_n;
+    const T* values = static_cast<const T*>(s_.v) + batch * s_.v_b + group * s_.v_g + key * s_.v_n;
+
+    in_rows([&](auto rows, int64_t r) { score<rows.count>(w, keys, begin, end, r); });
+    for (int64_t r = 0; r < rows_; ++r) weigh(w, batch, head, key, begin, end, r);
+    const bool hidden = every != bit_range(begin, end) || s_.bias;
+    if (hidden && !finite(values, begin, end)) {
+      add_visible_values(w, values, begin, end);
+    } else {
+      in_rows([&](auto rows, int64_t r) { add_values<rows.count>(w, values, begin, end, r); });
+    }
+  }
+
+  // Calls f for all rows, four, two or one at a time.
+  template <int kCount>
+  struct Rows {
+    static constexpr int count = kCount;
+  };
+  template <class F>
+  ATTNKIT_INLINE void in_rows(F f) const {
+    int64_t r = 0;
+    for (; r + 4 <= rows_; r += 4) f(Rows<4>(), r);
+    if (r + 2 <= rows_) {
+      f(Rows<2>(), r);
+      r += 2;
+    }
+    if (r < rows_) f(Rows<1>(), r);
+  }
+
+  // kRows rows by as many keys as give one vector of sums.
+  template <int kCount>
+  void score(const Work& w, const T* keys, int64_t begin, int64_t end, int64_t r) const {
+    constexpr int kKeys = kWidth / kCount;
+    const Query* queries = w.queries + r * query_vectors_ * kWidth;
+    const int64_t query_row = query_vectors_ * kWidth, whole = s_.d / Product::kNumbers;
+    const int tail = static_cast<int>(s_.d - whole * Product::kNumbers);
+    for (int64_t c = begin; c < end; c += kKeys) {
+      const T* row[kKeys];
+#pragma GCC unroll 16
+      for (int k = 0; k < kKeys; ++k) row[k] = keys + least(c + k, end - 1) * s_.k_n;
+      Vec acc[kWidth];
+#pragma GCC unroll 16
+      for (int j = 0; j < kWidth; ++j) acc[j] = zero();
+      for (int64_t j = 0; j < whole; ++j) {
+#pragma GCC unroll 16
+        for (int k = 0; k < kKeys; ++k) {
+          const auto x = Product::load_key(row[k] + j * Product::kNumbers);
+#pragma GCC unroll 4
+          for (int i = 0; i < kCount; ++i)
+            acc[i * kKeys + k] = Product::multiply_add(acc[i * kKeys + k], queries + i * query_row + j * kWidth, x);
+        }
+      }
+      if (tail) {
+#pragma GCC unroll 16
+        for (int k = 0; k < kKeys; ++k) {
+          const auto x = Product::load_key_first(row[k] + whole * Product::kNumbers, tail);
+#pragma GCC unroll 4
+          for (int i = 0; i < kCount; ++i)
+            acc[i * kKeys + k] = Product::multiply_add(acc[i * kKeys + k], queries + i * query_row + whole * kWidth, x);
+        }
+      }
+      float sums[kWidth];
+      store(sums, sum_each(acc));
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i)
+        __builtin_memcpy(w.scores + (r + i) * kScoreRow + c, sums + i * kKeys, sizeof(float) * kKeys);
+    }
+  }
+
+  // Logits, mask and weights of one row; as Prefill::weigh, the reference moves only when it must.
+  void weigh(const Work& w, int64_t batch, int64_t head, int64_t key, int64_t begin, int64_t end, int64_t r) const {
+    float* scores = w.scores + r * kScoreRow;
+    float* weights = w.weights + r * kScoreRow;
+    const int64_t from = begin / kWidth * kWidth, to = round_up(end, kWidth);
+    const uint64_t word = w.words[r % s_.m];
+    if (!logits_.plain)
+      logits_.apply(scores + from, static_cast<int>((to - from) / kWidth), batch, head + r / s_.m, r % s_.m,
+                    key + from);
+    Vec peak = splat(-kInfinity);
+    for (int64_t c = from; c < to; c += kWidth) {
+      const Vec x = select(static_cast<Bits>(word >> c), load(scores + c), -kInfinity);
+      store(scores + c, x);
+      peak = max(peak, x);
+    }
+    const Vec factor = splat(logits_.exponent);
+    float top = w.tops[r];
+    float* totals = w.totals + r * kWidth;
+    if (any_above(peak * factor, top + kLateRescale)) {
+      const float risen = largest(peak) * logits_.exponent;
+      if (top != -kInfinity) {
+        const Vec shrink = splat(__builtin_exp2f(top - risen));
+        float* sums = w.sums + r * value_columns_;
+        for (int64_t c = 0; c < value_columns_; c += kWidth) store(sums + c, load(sums + c) * shrink);
+        store(totals, load(totals) * shrink);
+      }
+      w.tops[r] = top = risen;
+    }
+    const Vec shift = splat(top == -kInfinity ? 0.0f : -top);
+    Vec total = load(totals);
+    for (int64_t c = from; c < to; c += kWidth) {
+      const Vec x = exp2<5>(fma(load(scores + c), factor, shift));
+      store(weights + c, x);
+      total = total + x;
+    }
+    store(totals, total);
+  }
+
+  template <int kCount>
+  void add_values(const Work& w, const T* values, int64_t begin, int64_t end, int64_t r) const {
+    int64_t column = 0;
+    for (; column + kStrip <= s_.e; column += kStrip)
+      add_strip<kCount, kStripVectors>(w, values, begin, end, r, column, kWidth);
+    for (; column < s_.e; column += kWidth)
+      add_strip<kCount, 1>(w, values, begin, end, r, column, static_cast<int>(least<int64_t>(kWidth, s_.e - column)));
+  }
+
+  template <int kCount, int kVectors>
+  void add_strip(const Work& w, const T* values, int64_t begin, int64_t end, int64_t r, int64_t column,
+                 int last) const {
+    float* sums = w.sums + r * value_columns_ + column;
+    const float* weights = w.weights + r * kScoreRow;
+    Vec acc[kCount][kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = load(sums + i * value_columns_ + j * kWidth);
+    for (int64_t c = begin; c < end; ++c) {
+      const T* row = values + c * s_.v_n + column;
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        const Vec x = kVectors > 1 || last == kWidth ? load(row + j * kWidth) : load_first(row, last);
+#pragma GCC unroll 4
+        for (int i = 0; i < kCount; ++i) acc[i][j] = fma(splat(weights[i * kScoreRow + c]), x, acc[i][j]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) store(sums + i * value_columns_ + j * kWidth, acc[i][j]);
+  }
+
+  bool finite(const T* values, int64_t begin, int64_t end) const {
+    Vec zeros_times_values = zero();
+    for (int64_t c = begin; c < end; ++c)
+      for (int64_t column = 0; column < s_.e; column += kWidth)
+        zeros_times_values =
+            fma(load_first(values + c * s_.v_n + column, static_cast<int>(least<int64_t>(kWidth, s_.e - column))),
+                zero(), zeros_times_values);
+    return bits_unequal(zeros_times_values, 0.0f) == 0;
+  }
+
+  // For rows that must not touch some of these values, a NaN or an infinity: 0 times those is a NaN.
+  void add_visible_values(const Work& w, const T* values, int64_t begin, int64_t end) const {
+    for (int64_t r = 0; r < rows_; ++r)
+      for (int64_t c = begin; c < end; ++c)
+        if (w.scores[r * kScoreRow + c] != -kInfinity) add_values<1>(w, values, c, c + 1, r);
+  }
+
+  void keep(const Work& w, float* parts, int64_t batch, int64_t head, int64_t split) const {
+    for (int64_t r = 0; r < rows_; ++r) {
+      float* to = part(parts, batch, head + r / s_.m, r % s_.m, split);
+      for (int64_t c = 0; c < value_columns_; c += kWidth) store(to + c, load(w.sums + r * value_columns_ + c));
+      to[value_columns_] = w.tops[r];
+      to[value_columns_ + 1] = sum(load(w.totals + r * kWidth));
+    }
+  }
+
+  // All ranges of one row, always in the same order.
+  void merge(const Work& w, float* parts, int64_t row) const {
+    const int64_t i = row % s_.m, head = row / s_.m % s_.h, batch = row / s_.m / s_.h;
+    float top = -kInfinity, total = 0.0f;
+    for (int64_t split = 0; split < splits_; ++split)
+      top = most(top, part(parts, batch, head, i, split)[value_columns_]);
+    const float reference = top == -kInfinity ? 0.0f : top;
+    for (int64_t c = 0; c < value_columns_; ++c) w.sums[c] = 0.0f;
+    for (int64_t split = 0; split < splits_; ++split) {
+      const float* from = part(parts, batch, head, i, split);
+      const float factor = __builtin_exp2f(from[value_columns_] - reference);
+      total += factor * from[value_columns_ + 1];
+      for (int64_t c = 0; c < value_columns_; c += kWidth)
+        store(w.sums + c, fma(splat(factor), load(from + c), load(w.sums + c)));
+    }
+    const RowEnd end = finish_row(top, total, s_.sink ? s_.sink + head : nullptr);
+    T* o = static_cast<T*>(s_.o) + batch * s_.o_b + head * s_.o_h + i * s_.o_m;
+    for (int64_t c = 0; c < s_.e; c += kWidth)
+      store_first(o + c, load(w.sums + c) * splat(end.factor), static_cast<int>(least<int64_t>(kWidth, s_.e - c)));
+    if (s_.lse) s_.lse[row] = end.lse;
+  }
+
+  const attnkit_softmax& s_;
+  const Logits logits_;
+  const int64_t heads_;          // query heads that share a walk over the keys
+  const int64_t rows_;           // heads_ * m
+  const int64_t query_vectors_;
+  const int64_t value_columns_;  // of one row of sums, whole vectors
+  const int64_t split_keys_;
+  const Range keys_;             // that some query may see
+  const int64_t first_split_;
+  const int64_t splits_;
+  const int64_t threads_;
+};

@@ -1,0 +1,84 @@
+// The micro-kernel under both products: 6 rows times a strip of up to kStripVectors vectors, accumulated in registers.
+//
+// A product of q and k or of weights and v is the same loop over steps; what a step is depends on the arithmetic:
+// one float, or one pair of bf16 numbers for the dot-product instruction.
+
+constexpr int kRows = 6;
+constexpr int kStrip = kStripVectors * kWidth;
+
+struct Float32Math {
+  using Element = float;
+  static constexpr int kNumbers = 1;    // per step
+  static constexpr int kExpVectors = 1;  // vectors of weights written at a time
+  static constexpr int kExpDegree = 5;
+  static ATTNKIT_INLINE Vec multiply_add(Vec c, const float* a, Vec b) { return fma(splat(*a), b, c); }
+  static ATTNKIT_INLINE Vec load_row(const float* b) { return load(b); }
+  static ATTNKIT_INLINE void store_weights(float* to, const Vec (&w)[1]) { store(to, w[0]); }
+  static ATTNKIT_INLINE float weight(const float* row, int64_t key) { return row[key]; }
+  static ATTNKIT_INLINE Vec values_of(const float* step, int64_t) { return load(step); }
+};
+
+#if defined(ATTNKIT_BF16_DOT)
+struct BFloat16Math {
+  using Element = uint32_t;
+  static constexpr int kNumbers = 2;
+  static constexpr int kExpVectors = 2;
+  static constexpr int kExpDegree = 4;
+  static ATTNKIT_INLINE Vec multiply_add(Vec c, const uint32_t* a, Pairs b) {
+    return dot_pairs(c, splat_pair(*a), b);
+  }
+  static ATTNKIT_INLINE Pairs load_row(const uint32_t* b) { return load_pairs(b); }
+  static ATTNKIT_INLINE void store_weights(uint32_t* to, const Vec (&w)[2]) { store_narrow(to, w[0], w[1]); }
+  static ATTNKIT_INLINE float weight(const uint32_t* row, int64_t key) {
+    const uint32_t bits = key & 1 ? row[key / 2] & 0xffff0000u : row[key / 2] << 16;
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+  // The values of one key out of the step that holds it and its neighbour.
+  static ATTNKIT_INLINE Vec values_of(const uint32_t* step, int64_t key) {
+    const Pairs pairs = load_pairs(step);
+    return _mm512_castsi512_ps(key & 1 ? _mm512_and_si512(pairs, splat_pair(0xffff0000u))
+                                       : _mm512_slli_epi32(pairs, 16));
+  }
+};
+#endif
+
+// c[6][vectors] (+)= a[6][steps] * b[steps][vectors]
+template <class Math, int kVectors, bool kAccumulate>
+ATTNKIT_INLINE void multiply_strip(const typename Math::Element* a, int64_t lda, const typename Math::Element* b,
+                                   int64_t ldb, int64_t steps, float* c, int64_t ldc) {
+  Vec acc[kRows][kVectors];
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) acc[i][j] = kAccumulate ? load(c + i * ldc + j * kWidth) : zero();
+  for (int64_t s = 0; s < steps; ++s) {
+    decltype(Math::load_row(b)) row[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) row[j] = Math::load_row(b + j * kWidth);
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = Math::multiply_add(acc[i][j], a + i * lda, row[j]);
+    a += 1;
+    b += ldb;
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kWidth, acc[i][j]);
+}
+
+template <class Math, bool kAccumulate>
+ATTNKIT_NOINLINE void multiply(const typename Math::Element* a, int64_t lda, const typename Math::Element* b,
+                               int64_t ldb, int64_t steps, int vectors, float* c, int64_t ldc) {
+  if (vectors == kStripVectors) {
+    multiply_strip<Math, kStripVectors, kAccumulate>(a, lda, b, ldb, steps, c, ldc);
+  } else if (vectors == 1) {
+    multiply_strip<Math, 1, kAccumulate>(a, lda, b, ldb, steps, c, ldc);
+  } else if constexpr (kStripVectors == 4) {
+    if (vectors == 2) multiply_strip<Math, 2, kAccumulate>(a, lda, b, ldb, steps, c, ldc);
+    if (vectors == 3) multiply_strip<Math, 3, kAccumulate>(a, lda, b, ldb, steps, c, ldc);
+  }
+}

@@ -1,0 +1,69 @@
+// From the products q.k of one row to its logits, where the call has more than a scale.
+
+// Rescaling a row's sums waits until its largest exponent has grown by this much; weights then stay below 2^8, and most
+// rows are rescaled once.
+constexpr float kLateRescale = 8.0f;
+
+struct Logits {
+  const attnkit_softmax& s;
+  bool plain;        // logits are products times a positive factor: nothing to do before the exponential
+  float exponent;    // from what is stored to exponents of two
+
+  explicit Logits(const attnkit_softmax& call)
+      : s(call),
+        plain(!call.bias && !call.alibi && !(call.softcap > 0) && call.scale > 0),
+        exponent(plain ? call.scale * kLog2E : kLog2E) {}
+
+  // Products of query i with keys [key, key + vectors * kWidth) become logits in place.
+  ATTNKIT_NOINLINE void apply(float* row, int vectors, int64_t batch, int64_t head, int64_t i, int64_t key) const {
+    for (int j = 0; j < vectors; ++j) store(row + j * kWidth, load(row + j * kWidth) * splat(s.scale));
+    if (s.softcap > 0) {
+      const Vec cap = splat(s.softcap);
+      for (int j = 0; j < vectors; ++j)
+        store(row + j * kWidth, cap * tanh(load(row + j * kWidth) / cap));
+    }
+    if (s.bias) add_bias(row, vectors, s.bias + batch * s.bias_b + head * s.bias_h + i * s.bias_m, key);
+    if (s.alibi) {
+      const Vec slope = splat(-s.alibi[head]);
+      Vec distance = iota() + splat(static_cast<float>(key - (s.n - s.m + i)));
+      for (int j = 0; j < vectors; ++j) {
+        store(row + j * kWidth, fma(slope, abs(distance), load(row + j * kWidth)));
+        distance = distance + splat(static_cast<float>(kWidth));
+      }
+    }
+  }
+
+ private:
+  void add_bias(float* row, int vectors, const float* bias, int64_t key) const {
+    const int64_t count = least<int64_t>(vectors * kWidth, s.n - key);
+    if (s.bias_n == 1) {
+      bias += key;
+      int64_t j = 0;
+      for (; j + kWidth <= count; j += kWidth) store(row + j, load(row + j) + load(bias + j));
+      if (j < count) store(row + j, load(row + j) + load_first(bias + j, static_cast<int>(count - j)));
+    } else {
+      for (int64_t j = 0; j < count; ++j) row[j] += bias[(key + j) * s.bias_n];
+    }
+  }
+};
+
+// What a finished row needs besides its sum over values: the factor on that sum, and its log-sum-exp.
+struct RowEnd {
+  float factor;
+  float lse;
+};
+
+// `top` is the exponent of two the weights were taken against (-inf before any key was visible), `total` their sum. The
+// sink joins as one more logit without a value. A row that saw nothing gives zeros and -inf.
+ATTNKIT_INLINE RowEnd finish_row(float top, float total, const float* sink) {
+  float factor = 1.0f;
+  if (sink && *sink != -kInfinity) {
+    const float logit = *sink * kLog2E;
+    const float reference = logit > top ? logit : top;
+    factor = __builtin_exp2f(top - reference);
+    total = total * factor + __builtin_exp2f(logit - reference);
+    top = reference;
+  }
+  if (total == 0.0f) return {0.0f, -kInfinity};
+  return {factor / total, top * kLn2 + __builtin_logf(total)};
+}

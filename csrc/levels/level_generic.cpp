@@ -1,0 +1,2 @@
+#define ATTNKIT_LEVEL generic
+#include "kernels.h"

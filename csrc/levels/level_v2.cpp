@@ -1,0 +1,2 @@
+#define ATTNKIT_LEVEL v2
+#include "kernels.h"

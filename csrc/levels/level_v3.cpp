@@ -1,0 +1,2 @@
+#define ATTNKIT_LEVEL v3
+#include "kernels.h"

@@ -1,0 +1,2 @@
+#define ATTNKIT_LEVEL v4
+#include "kernels.h"

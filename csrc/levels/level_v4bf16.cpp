@@ -1,0 +1,2 @@
+#define ATTNKIT_LEVEL v4bf16
+#include "kernels.h"
