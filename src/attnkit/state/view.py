@@ -23,14 +23,26 @@ class View:
     length: int
     positions: Tensor | None = None
 
-    def mask(self, mask: Mask | None, m: int) -> Mask | None:
-        """``mask`` for the newest ``m`` tokens as queries over these keys."""
-        if self.positions is None or mask is None:
-            return mask
+    def for_queries(self, mask: Mask | None, m: int) -> tuple[View, Mask | None]:
+        """The keys that the newest ``m`` tokens attend to, and the mask that is left to apply to them.
+
+        A lone query of a sparse mask (strided, dilated) gets just the keys it sees: copying those few costs less than
+        passing over the others.
+        """
+        in_order = self.positions is None
+        if mask is None or (in_order and mask.interval() is not None):
+            return self, mask
         reach = mask.reach()
-        if m == 1 and reach is not None and reach.exact:
-            return None  # the state keeps exactly what this query sees
-        return Moved(mask, self.queries(m), self.positions)
+        if m == 1 and not in_order and reach is not None and reach.exact:
+            return self, None  # the state keeps exactly what this query sees
+        keys = torch.arange(self.k.shape[2], device=self.k.device) if self.positions is None else self.positions
+        if m == 1 and mask.batches == mask.heads == 1:
+            zero = keys.new_zeros(1)
+            seen = mask.visible(zero, zero, self.queries(1), keys).nonzero()[:, 0]
+            if 2 * len(seen) <= len(keys):
+                few = View(self.k.index_select(2, seen), self.v.index_select(2, seen), self.length, keys[seen])
+                return few, None
+        return self, mask if in_order else Moved(mask, self.queries(m), keys)
 
     def queries(self, m: int) -> Tensor:
         """Absolute positions of the newest ``m`` tokens, int64 ``(m,)``."""

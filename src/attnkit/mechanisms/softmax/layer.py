@@ -11,7 +11,7 @@ from attnkit.masks import Mask, causal
 from attnkit.mechanisms.softmax import softmax_attention
 from attnkit.positions import Rotary, T5Buckets, alibi_slopes
 from attnkit.shapes import check_groups
-from attnkit.state import KVState, View, WindowState
+from attnkit.state import KVState, WindowState
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,10 @@ class SoftmaxAttention(nn.Module):
         positions = torch.arange(state.length, state.length + x.shape[1], device=x.device)
         if self.config.rotary is not None:
             q, k = self.config.rotary.rotate(q, positions), self.config.rotary.rotate(k, positions)
-        view: View = state.append(k, v)
-        keys = view.positions
-        where = (positions, torch.arange(view.length, device=x.device) if keys is None else keys)
-        mask = view.mask(self.config.mask, x.shape[1])
-        return self._attend(q, view.k, view.v, mask, where, ordered=keys is None), state
+        view, mask = state.append(k, v).for_queries(self.config.mask, x.shape[1])
+        keys = torch.arange(view.length, device=x.device) if view.positions is None else view.positions
+        y = self._attend(q, view.k, view.v, mask, (positions, keys), ordered=view.positions is None)
+        return y, state
 
     def _project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
