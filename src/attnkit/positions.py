@@ -116,7 +116,7 @@ class Rotary:
         return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotate ``x`` ``(b, h, n, d)`` by ``positions`` ``(n,)`` or ``(b, n)``, in float32 at least; keeps the dtype."""
+        """Rotate ``x`` ``(b, h, n, d)`` by ``positions`` ``(n,)`` or ``(b, n)``, float32 at least inside."""
         if x.shape[-1] != self.head_size:
             raise ValueError(f"rotate: x has head size {x.shape[-1]}, expected {self.head_size}")
         work = torch.promote_types(x.dtype, torch.float32)
