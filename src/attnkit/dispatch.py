@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from attnkit.spec import Backend, Call, Decision, Mechanism
@@ -24,6 +26,7 @@ if _LOG_LEVEL:
         ) from error
     log.addHandler(logging.StreamHandler())
 _LOGGING = _LOG_LEVEL in ("DEBUG", "INFO")
+_watching: list[Counter[tuple[str, str]]] = []
 
 
 def decide(spec: Mechanism, call: Call, backend: str | None = None) -> tuple[Backend, Decision]:
@@ -48,7 +51,24 @@ def run(spec: Mechanism, call: Call, backend: str | None = None) -> Any:
     chosen, decision = decide(spec, call, backend)
     if _LOGGING:
         log.info("%s", decision)
+    for counts in _watching:
+        counts[spec.name, chosen.name] += 1
     return chosen.load()(**call)
+
+
+@contextmanager
+def watch() -> Iterator[Counter[tuple[str, str]]]:
+    """Count which backend runs each call made inside the block, by mechanism and backend name.
+
+    ``with attnkit.dispatch.watch() as ran: model(x)`` says what a whole model really took.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    _watching.append(counts)
+    try:
+        yield counts
+    finally:
+        # By identity: two counters that counted the same calls are equal.
+        _watching[:] = [other for other in _watching if other is not counts]
 
 
 def explain(function: Callable[..., Any], *args: Any, backend: str | None = None, **kwargs: Any) -> Decision:

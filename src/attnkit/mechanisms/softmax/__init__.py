@@ -280,6 +280,8 @@ def cost(sizes: Sizes, *, mask: Mask | None = None, itemsize: int = 4) -> Cost:
     share = s.m * s.n if mask is None else mask.visible_pairs(s.m, s.n) / (mask.batches * mask.heads)
     token = s.g * (s.d + s.e) * itemsize
     reach = mask.reach() if mask is not None else None
+    if reach and reach.window + reach.sinks >= s.n:
+        reach = None  # nothing to let go of yet: the layer keeps them all, see ``SoftmaxAttention.state``
     return Cost(
         flops=int(2 * s.b * s.h * share * (s.d + s.e)),
         bytes=s.b * (s.h * s.m * (s.d + s.e) * itemsize + s.n * token),

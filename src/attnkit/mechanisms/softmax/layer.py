@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from attnkit.masks import Mask, causal
-from attnkit.mechanisms.softmax import softmax_attention
+from attnkit.mechanisms.softmax import cost, softmax_attention
 from attnkit.positions import Rotary, T5Buckets, alibi_slopes
 from attnkit.shapes import check_groups
+from attnkit.spec import Cost, Sizes
 from attnkit.state import KVState, WindowState
 
 
@@ -126,6 +127,12 @@ class SoftmaxAttention(nn.Module):
         return WindowState(
             batch, c.groups, reach.window, c.key_size, c.values, sinks=reach.sinks, dtype=dtype, device=device
         )
+
+    def cost(self, m: int, n: int, *, batch: int = 1, dtype: torch.dtype = torch.float32) -> Cost:
+        """What the attention of ``m`` new tokens over ``n`` takes, and the state that holds ``n``."""
+        c = self.config
+        sizes = Sizes(batch, c.heads, c.groups, m, n, c.key_size, c.values)
+        return cost(sizes, mask=c.mask, itemsize=dtype.itemsize)
 
     def step(self, x: Tensor, state: KVState | WindowState) -> tuple[Tensor, KVState | WindowState]:
         """Feed the next token or tokens ``x`` ``(b, m, width)``; any split of a sequence gives ``forward``'s rows."""
