@@ -1,0 +1,211 @@
+"""The native kernels: one plain C library, found beside this file and called through ``ctypes``.
+
+What is known about the library is settled at import and kept in ``STATUS``: a look-up at every call would cost time, and
+``torch.compile`` would trace it. Without the library the package works on, and backends that need it say why they refuse.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# First of all: the library then shares torch's OpenMP threads instead of starting its own.
+import torch
+
+__all__ = [
+    "BLOCK_KEYS",
+    "BLOCK_QUERIES",
+    "STATUS",
+    "Status",
+    "bf16_dot_gflops",
+    "fma_gflops",
+    "get_level",
+    "read_gigabytes",
+    "set_level",
+    "softmax_forward",
+    "use_level",
+]
+
+LIBRARY = "attnkit_native.so"
+
+# The declarations of csrc/abi.h; a test compares the two.
+ABI_VERSION = 1
+BLOCK_QUERIES = 48
+BLOCK_KEYS = 64
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PREFILL, DECODE = 0, 1
+
+SOFTMAX_FIELDS: tuple[tuple[str, type], ...] = (
+    *((name, c_void_p) for name in ("q", "k", "v", "o", "lse", "bias", "alibi", "sink")),
+    *((name, c_void_p) for name in ("offsets", "columns", "pattern", "patterns")),
+    *((name, c_int64) for name in ("b", "h", "g", "m", "n", "d", "e")),
+    *((name, c_int64) for name in ("q_b", "q_h", "q_m", "k_b", "k_g", "k_n", "v_b", "v_g", "v_n")),
+    *((name, c_int64) for name in ("o_b", "o_h", "o_m", "bias_b", "bias_h", "bias_m", "bias_n")),
+    *((name, c_int64) for name in ("left", "right", "mask_batches", "mask_heads", "threads")),
+    ("dtype", c_int32),
+    ("kernel", c_int32),
+    ("scale", c_float),
+    ("softcap", c_float),
+)
+
+# A struct goes over as packed bytes: making them is one C call, filling a ctypes.Structure is one for each field.
+FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
+    "attnkit_abi_version": (c_int32, ()),
+    "attnkit_openmp": (c_int32, ()),
+    "attnkit_compiler": (c_char_p, ()),
+    "attnkit_level_count": (c_int32, ()),
+    "attnkit_level_name": (c_char_p, (c_int32,)),
+    "attnkit_level_runs_here": (c_int32, (c_int32,)),
+    "attnkit_get_level": (c_int32, ()),
+    "attnkit_set_level": (c_int32, (c_int32,)),
+    "attnkit_softmax_scratch_bytes": (c_int64, (c_char_p,)),
+    "attnkit_softmax_forward": (c_int32, (c_char_p, c_void_p, c_int64)),
+    "attnkit_fma_gflops": (c_double, (c_int64, c_double)),
+    "attnkit_bf16_dot_gflops": (c_double, (c_int64, c_double)),
+    "attnkit_read_gigabytes": (c_double, (c_void_p, c_int64, c_int64, c_double)),
+}
+
+ERRORS = {
+    1: "the dtype is none of float32, bfloat16 and float16",
+    2: "a size or a number of threads is out of range, or KV heads do not divide query heads",
+    3: "the mask is made for another batch size or number of heads",
+    4: "the decode kernel takes at most 48 queries with a block list",
+    5: "the instruction level is not built or does not run on this processor",
+    6: "the scratch memory is too small",
+}
+
+_FORMATS = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f"}
+pack_softmax = struct.Struct("@" + "".join(_FORMATS[kind] for _, kind in SOFTMAX_FIELDS)).pack
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is known about the native library: whether it can be used, why not, and what it was built with."""
+
+    available: bool
+    reason: str
+    """Why it is not available; empty when it is."""
+    path: str = ""
+    abi: int = 0
+    openmp: bool = False
+    compiler: str = ""
+    level: str = ""
+    """The instruction level chosen at import: the fastest that runs here, or the one ATTNKIT_CPU_LEVEL names."""
+    levels: tuple[str, ...] = ()
+    """The levels that run on this processor, slowest first."""
+    built: tuple[str, ...] = ()
+
+
+def _find() -> Path | None:
+    # An editable install leaves the library among the installed files, away from this source.
+    places = (Path(__file__).parent, Path(sysconfig.get_path("platlib"), "attnkit", "native"))
+    return next((place / LIBRARY for place in places if (place / LIBRARY).is_file()), None)
+
+
+def _load() -> tuple[Any, Status]:
+    path = _find()
+    if path is None:
+        why = "it was not built at install: install a C++ compiler, then attnkit again with ATTNKIT_REQUIRE_NATIVE=1"
+        return None, Status(False, f"the native library is missing, {why}")
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.attnkit_abi_version()
+    except (OSError, AttributeError) as error:
+        return None, Status(False, f"the native library does not load: {error}", str(path))
+    if version != ABI_VERSION:
+        why = f"the native library has interface {version}, expected {ABI_VERSION}: install attnkit again"
+        return None, Status(False, why, str(path), version)
+    for name, (result, arguments) in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    built = tuple(library.attnkit_level_name(i).decode() for i in range(library.attnkit_level_count()))
+    runnable = tuple(name for i, name in enumerate(built) if library.attnkit_level_runs_here(i))
+    wanted = os.environ.get("ATTNKIT_CPU_LEVEL") or None
+    if wanted is not None:
+        if wanted not in runnable:
+            raise ValueError(
+                f"ATTNKIT_CPU_LEVEL is {wanted!r}, expected one of {', '.join(runnable)}, which this processor runs: "
+                "name one of these or unset it"
+            )
+        library.attnkit_set_level(built.index(wanted))
+    return library, Status(
+        available=True,
+        reason="",
+        path=str(path),
+        abi=version,
+        openmp=bool(library.attnkit_openmp()),
+        compiler=library.attnkit_compiler().decode(),
+        level=built[library.attnkit_get_level()],
+        levels=runnable,
+        built=built,
+    )
+
+
+_LIBRARY, STATUS = _load()
+
+
+def _needed() -> Any:
+    if _LIBRARY is None:
+        raise NotImplementedError(STATUS.reason)
+    return _LIBRARY
+
+
+def get_level() -> str:
+    """The instruction level that runs now."""
+    return STATUS.built[_needed().attnkit_get_level()]
+
+
+def set_level(name: str) -> None:
+    """Run the kernels compiled for another instruction level of this processor, from now on and for all threads."""
+    library = _needed()
+    if name not in STATUS.levels:
+        raise ValueError(
+            f"set_level got {name!r}, expected one of {', '.join(STATUS.levels)}, which this processor runs"
+        )
+    library.attnkit_set_level(STATUS.built.index(name))
+
+
+@contextmanager
+def use_level(name: str) -> Iterator[None]:
+    """``set_level`` for the length of a ``with`` block."""
+    before = get_level()
+    set_level(name)
+    try:
+        yield
+    finally:
+        set_level(before)
+
+
+def softmax_forward(call: bytes) -> None:
+    """Run one call packed by ``pack_softmax``; scratch memory is torch's, so that its allocator and profiler see it."""
+    size = _LIBRARY.attnkit_softmax_scratch_bytes(call)
+    if size < 0:
+        raise RuntimeError(f"the native softmax kernel refused a call: {ERRORS[-size]}")
+    scratch = torch.empty(size, dtype=torch.uint8)
+    status = _LIBRARY.attnkit_softmax_forward(call, scratch.data_ptr(), size)
+    if status:
+        raise RuntimeError(f"the native softmax kernel refused a call: {ERRORS[status]}")
+
+
+def fma_gflops(threads: int, seconds: float = 0.2) -> float:
+    """Most float32 multiply-adds a second (counted as two operations each, in units of 1e9) at the level that runs."""
+    return float(_needed().attnkit_fma_gflops(threads, seconds))
+
+
+def bf16_dot_gflops(threads: int, seconds: float = 0.2) -> float:
+    """The same for bfloat16 dot products; 0 when the level has no such instruction."""
+    return float(_needed().attnkit_bf16_dot_gflops(threads, seconds))
+
+
+def read_gigabytes(buffer: torch.Tensor, threads: int, seconds: float = 0.5) -> float:
+    """Most gigabytes (1e9 bytes) a second that ``threads`` threads read from ``buffer``, which should exceed all caches."""
+    size = buffer.numel() * buffer.element_size()
+    return float(_needed().attnkit_read_gigabytes(buffer.data_ptr(), size, threads, seconds))
