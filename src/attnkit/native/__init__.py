@@ -1,7 +1,7 @@
 """The native kernels: one plain C library, found beside this file and called through ``ctypes``.
 
-What is known about the library is settled at import and kept in ``STATUS``: a look-up at every call would cost time, and
-``torch.compile`` would trace it. Without the library the package works on, and backends that need it say why they refuse.
+What is known about the library is settled at import and kept in ``STATUS``: a look-up at every call would cost time,
+and ``torch.compile`` would trace it. Without the library the package works on, and backends that need it say why not.
 """
 
 from __future__ import annotations
@@ -206,6 +206,6 @@ def bf16_dot_gflops(threads: int, seconds: float = 0.2) -> float:
 
 
 def read_gigabytes(buffer: torch.Tensor, threads: int, seconds: float = 0.5) -> float:
-    """Most gigabytes (1e9 bytes) a second that ``threads`` threads read from ``buffer``, which should exceed all caches."""
+    """Most gigabytes (1e9 bytes) a second that threads read from ``buffer``, which should be larger than all caches."""
     size = buffer.numel() * buffer.element_size()
     return float(_needed().attnkit_read_gigabytes(buffer.data_ptr(), size, threads, seconds))

@@ -1,4 +1,4 @@
-"""The native kernels: prefill shares packed keys between blocks of queries, decode reads each key once. Forward only."""
+"""The native kernels, forward only: prefill packs keys once for all queries, decode reads each key once."""
 
 from __future__ import annotations
 
