@@ -5,15 +5,26 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
 
-import mechanism_pages
+import mechanism_pages  # noqa: E402
 
-import attnkit
+import attnkit  # noqa: E402
 
 project = "attnkit"
 author = "The attnkit developers"
-copyright = "2026, The attnkit developers"
+project_copyright = "2026, The attnkit developers"
 version = release = attnkit.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings", "mathml"]
+html_math_renderer = "mathml"
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"attnkit {attnkit.__version__}"
+
+mechanism_pages.write(HERE / "mechanisms")

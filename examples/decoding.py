@@ -12,4 +12,4 @@ with torch.no_grad():
     for i in range(16, 20):  # then token by token
         row, state = layer.step(x[:, i : i + 1], state)
         rows = torch.cat([rows, row], dim=1)
-    print((rows - layer(x)).abs().max(), "apart;", state.nbytes, "bytes of cache")
+    print(f"{(rows - layer(x)).abs().max():.1e} apart, {state.nbytes} bytes of cache")

@@ -43,4 +43,3 @@ def test_examples_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_readme_shows_the_examples() -> None:
     shown = code_blocks((ROOT / "README.md").read_text(encoding="utf-8"))
     assert sorted(shown) == sorted(without_docstring(path.read_text(encoding="utf-8")) for path in EXAMPLES)
-
