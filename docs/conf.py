@@ -22,6 +22,7 @@ html_math_renderer = "mathml"
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"
+napoleon_use_rtype = False  # a result is named, and its description says its shape and dtype
 autodoc_member_order = "bysource"
 exclude_patterns = ["_build"]
 html_theme = "furo"

@@ -20,8 +20,7 @@ def rewrite(lines: list[str]) -> list[str]:
             out += ["References", "----------", line.removeprefix("Source: ")]
             section = ""
         elif section in ("Parameters", "Returns", "Raises") and (entry := ENTRY.match(line)):
-            # After a colon comes a type, and without one napoleon takes the name of a result for its type.
-            out += [entry[1] + (" :" if section == "Returns" else ""), f"    {entry[2]}"]
+            out += [entry[1], f"    {entry[2]}"]
         else:
             out.append(line)
     return out
