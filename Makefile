@@ -8,7 +8,7 @@ ARGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python -m
-INSTALL := $(RUN) pip install --quiet --disable-pip-version-check
+INSTALL := $(RUN) pip install -qq --disable-pip-version-check
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
@@ -63,5 +63,5 @@ $(VENV)/.torch:
 $(VENV)/.package: $(VENV)/.torch pyproject.toml CMakeLists.txt $(NATIVE)
 	@echo "attnkit: compiling the kernels and installing the package with its tools"
 	@$(INSTALL) --editable ".[compare,dev,docs]"
-	@$(VENV)/bin/attnkit doctor
 	@touch $@
+	@$(VENV)/bin/attnkit doctor
