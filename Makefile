@@ -19,7 +19,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 compare: setup ## train small models that differ only in attention, time the kernels, write a report (minutes)
-	@$(VENV)/bin/attnkit compare --quick $(ARGS)
+	@$(RUN) attnkit compare --quick $(ARGS)
 
 test: setup ## run every test
 	@echo "attnkit: running the tests with $(WORKERS) workers"
@@ -35,7 +35,7 @@ docs: setup ## build the documentation into docs/_build, warnings are errors
 	@echo "attnkit: open docs/_build/index.html"
 
 bench: setup ## kernels against torch, beside this machine's limits
-	@$(VENV)/bin/attnkit bench $(ARGS)
+	@$(RUN) attnkit bench $(ARGS)
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist docs/_build docs/mechanisms .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -64,4 +64,4 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml CMakeLists.txt $(NATIVE)
 	@echo "attnkit: compiling the kernels and installing the package with its tools"
 	@$(INSTALL) --editable ".[compare,dev,docs]"
 	@touch $@
-	@$(VENV)/bin/attnkit doctor
+	@$(RUN) attnkit doctor

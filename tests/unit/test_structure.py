@@ -28,7 +28,7 @@ GROUPS = (
     ("",),  # attnkit/__init__.py, which only gathers public names
     ("models", "hf", "convert", "testing"),
     ("advise", "parity", "bench", "compare", "report", "web"),
-    ("cli",),
+    ("cli", "__main__"),
 )
 RANK = {name: rank for rank, group in enumerate(GROUPS) for name in group}
 BACKENDS = ("reference", "sdpa", "flex", "cpu", "triton")
