@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
+import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import attnkit
 from attnkit.registry import mechanisms
-from attnkit.spec import Mechanism
+from attnkit.spec import Mechanism, Sizes
+from attnkit.testing import samplers
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# A telling value of each optional argument a mechanism may have, made from the sampled call.
-ARGUMENTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
-    "mask": ("any mask", lambda call: attnkit.causal() & (attnkit.window(8) | attnkit.global_tokens(2))),
-    "bias": ("additive bias", lambda call: torch.zeros(call["q"].shape[2], call["k"].shape[2])),
-    "alibi": ("ALiBi", lambda call: torch.ones(call["q"].shape[1])),
-    "softcap": ("soft-cap", lambda call: 30.0),
-    "sink": ("learned sinks", lambda call: torch.zeros(call["q"].shape[1])),
-    "dropout": ("dropout", lambda call: 0.1),
-    "return_lse": ("log-sum-exp", lambda call: True),
-}
+SIZES = Sizes(b=1, h=4, g=2, m=32, n=32, d=16, e=8)
 
 
 def write(folder: Path) -> None:
@@ -88,14 +79,11 @@ def support(spec: Mechanism) -> Iterator[str]:
 
 def features(spec: Mechanism) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names of features, each with arguments of a call that uses it."""
-    sample = spec.sample(0)
     for dtype in DTYPES:
-        yield str(dtype).removeprefix("torch."), spec.sample(0, dtype=dtype)
-    yield "gradients", {name: leaf(value) for name, value in sample.items()}
-    for name in inspect.signature(spec.function).parameters:
-        if name in ARGUMENTS:
-            label, value = ARGUMENTS[name]
-            yield label, sample | {name: value(sample)}
+        yield str(dtype).removeprefix("torch."), spec.sample(0, SIZES, dtype)
+    yield "gradients", {name: leaf(value) for name, value in spec.sample(0, SIZES).items()}
+    for name in samplers.features(spec):
+        yield f"`{name}`", samplers.arguments(spec, random.Random(0), of=SIZES, only=(name,), layouts=False)
 
 
 def leaf(value: Any) -> Any:
