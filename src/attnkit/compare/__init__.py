@@ -1,0 +1,1 @@
+"""``attnkit compare``: train and time models that differ only in their attention."""
