@@ -10,12 +10,15 @@ import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import pytest
+
+import attnkit
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -398,3 +401,9 @@ def test_a_blocked_import_fails() -> None:
     done = in_fresh_process("import rich")
     assert done.returncode == 1
     assert "rich" in done.stderr
+
+
+def test_one_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    releases = re.findall(r"^## \[(\d\S*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert attnkit.__version__ == project["version"] == releases[0]
