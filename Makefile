@@ -25,10 +25,11 @@ test: setup ## run every test
 	@echo "attnkit: running the tests with $(WORKERS) workers"
 	@$(RUN) pytest -n $(WORKERS) $(ARGS)
 
-lint: setup ## ruff, formatting, types
+lint: setup ## ruff, formatting, types, banned patterns
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
+	@SKIP=ruff,ruff-format,mypy $(RUN) pre_commit run --all-files
 
 docs: setup ## build the documentation into docs/_build, warnings are errors
 	@$(RUN) sphinx -W --keep-going -q -b html docs docs/_build
