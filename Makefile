@@ -64,5 +64,6 @@ $(VENV)/.torch:
 $(VENV)/.package: $(VENV)/.torch pyproject.toml CMakeLists.txt $(NATIVE)
 	@echo "attnkit: compiling the kernels and installing the package with its tools"
 	@$(INSTALL) --editable ".[compare,dev,docs]"
+	@$(VENV)/bin/python -c 'from attnkit.native import STATUS as s; \
+		print("attnkit: ready,", f"kernels at level {s.level}" if s.available else f"without kernels: {s.reason}")'
 	@touch $@
-	@$(RUN) attnkit doctor
