@@ -1,0 +1,38 @@
+"""Kernels against torch and against this machine's limits, measured in one run.
+
+>>> from attnkit import bench
+>>> bench.limits().read_gbs  # doctest: +SKIP
+>>> for row in bench.rows(["K5"], quick=True):  # doctest: +SKIP
+...     print(row.work, row.ratio, row.share)
+"""
+
+from __future__ import annotations
+
+from attnkit.bench.cases import Case, cases
+from attnkit.bench.limits import Limits, limits
+from attnkit.bench.machine import PACKAGE, QUIET, checkout, commit, cores, cpu_model, machine, provenance
+from attnkit.bench.measure import Result, measure, rows, run
+from attnkit.bench.results import Line, read, unfinished, written
+
+__all__ = [
+    "PACKAGE",
+    "QUIET",
+    "Case",
+    "Limits",
+    "Line",
+    "Result",
+    "cases",
+    "checkout",
+    "commit",
+    "cores",
+    "cpu_model",
+    "limits",
+    "machine",
+    "measure",
+    "provenance",
+    "read",
+    "rows",
+    "run",
+    "unfinished",
+    "written",
+]

@@ -1,0 +1,179 @@
+"""``attnkit bench``."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from attnkit import bench
+from attnkit.bench import Case, Line
+from attnkit.cli.output import Json, StoppedError, console, table
+
+# From this width on the table has room to say whose layer a row is; the file always says it.
+WIDE = 140
+
+
+def verb(
+    only: Annotated[str | None, typer.Option(help="Figures to measure, such as K1,K5; all if absent.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few sizes of each figure: seconds, not minutes.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; torch's own number if absent.")] = None,
+    flex: Annotated[bool, typer.Option("--flex", help="FlexAttention too: up to a minute a size to compile.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Results file; see below.")] = None,
+    show: Annotated[Path | None, typer.Option(help="Print the table of this results file, measure nothing.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 when a floor is missed.")] = False,
+    json: Json = False,
+) -> None:
+    """Time the native kernels beside torch's, and beside the most that this machine can do.
+
+    Every row times ours, torch's SDPA and the machine's limit in turn, at least seven times, after checking our result
+    against the definition: a wrong result gets no speed. "x torch" is torch's time over ours, "of limit" our part of
+    the limit: arithmetic for prefill, reading memory for decoding. Times are medians; a limit is the best seen.
+
+    A whole run is kept in benchmarks/results/DATE-LEVEL.jsonl in a source checkout, in attnkit-bench.jsonl elsewhere.
+    With --quick or --only nothing is kept unless --out names a file. --json prints the same lines.
+
+    Examples:
+
+        attnkit bench --quick
+        attnkit bench --only K5 --threads 1 --out decode.jsonl
+        attnkit bench --show benchmarks/results/2026-11-22-v4bf16.jsonl
+    """
+    path = None
+    if show is not None:
+        lines = bench.read(show)
+    else:
+        ids = [name.strip().upper() for name in only.split(",")] if only is not None else []
+        chosen = bench.cases(ids, quick)
+        path = _default_path() if out is None and not quick and not ids else out
+        with _threads(threads or torch.get_num_threads()):
+            lines = _measure(chosen, {"only": ids, "quick": quick, "flex": flex}, path)
+    if json:
+        for line in lines:
+            print(jsonlib.dumps(line, ensure_ascii=False))
+    else:
+        _show(console(), lines)
+        if path is not None:
+            print(f"written to {path}")
+    if check and not all(line["holds"] for line in _rows(lines)):
+        raise typer.Exit(1)
+
+
+def _default_path() -> Path:
+    root = bench.checkout()
+    if root is None:
+        return Path("attnkit-bench.jsonl")
+    return root / "benchmarks" / "results" / f"{datetime.now(UTC):%Y-%m-%d}-{bench.machine()['level']}.jsonl"
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(chosen: tuple[Case, ...], settings: Line, path: Path | None) -> list[Line]:
+    """The lines of a run, each in the file as soon as it is there."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    lines: list[Line] = []
+    try:
+        with bench.written(path) as write, Progress(*columns, console=console(stderr=True), transient=True) as progress:
+            task = progress.add_task("machine limits", total=len(chosen))
+            for line in bench.run(chosen, settings):
+                write(line)
+                lines.append(line)
+                done = len(_rows(lines))
+                progress.update(task, completed=done)
+                if done < len(chosen):
+                    progress.update(task, description=f"{chosen[done].id} {chosen[done].work}")
+    except KeyboardInterrupt:
+        done = len(_rows(lines))
+        raise StoppedError(f"{done} finished rows are {f'in {bench.unfinished(path)}' if path else 'lost'}") from None
+    return lines
+
+
+def _rows(lines: list[Line]) -> list[Line]:
+    return [line for line in lines if line["kind"] == "kernel"]
+
+
+def _show(out: Console, lines: list[Line]) -> None:
+    by_kind = {line["kind"]: line for line in lines}
+    out.print(_machine(by_kind["run"]), markup=False)
+    for sentence in _limits(by_kind["limits"]):
+        out.print(sentence, markup=False)
+    out.print()
+    wide = out.width >= WIDE
+    numbers = ("ours", "torch", "x torch", "floor", "reached", "of limit", "floor")
+    rows = table("", "work", *(["layer of"] if wide else []), *numbers, "", right=numbers)
+    for line in _rows(lines):
+        style = "green" if line["holds"] else "red"
+        rows.add_row(
+            line["id"],
+            line["work"],
+            *([line["model"]] if wide else []),
+            _milliseconds(line["ours_ms"]),
+            _milliseconds(line["sdpa_ms"]),
+            "" if line["ratio"] is None else f"[{style}]{line['ratio']:.2f}[/]",
+            f"[dim]{line['floor_ratio']:g}[/]",
+            f"{line['rate']:.3g} {line['unit']}",
+            "" if line["share"] is None else f"[{style}]{line['share']:.0%}[/]",
+            "" if line["floor_share"] is None else f"[dim]{line['floor_share']:.0%}[/]",
+            f"[{style}]{'wrong' if line['wrong'] else 'holds' if line['holds'] else 'missed'}[/]",
+        )
+    out.print(rows)
+    out.print()
+    for sentence in _conclusions(_rows(lines)):
+        out.print(sentence, markup=False)
+
+
+def _machine(run: Line) -> str:
+    where = run["machine"]
+    commit = f", commit {run['commit']}" if run["commit"] else ""
+    return (
+        f"{where['cpu']}, {run['settings']['threads']} of {where['cores']} cores, level {where['level']}; "
+        f"torch {run['torch']}, attnkit {run['attnkit']}{commit}; {run['started'][:10]}"
+    )
+
+
+def _limits(line: Line) -> Iterator[str]:
+    for name, unit, label in (
+        ("fma_gflops", "GFLOP/s", "float32 multiply-adds"),
+        ("dot_gflops", "GFLOP/s", "bfloat16 dot products"),
+        ("read_gbs", "GB/s", "reading memory"),
+    ):
+        if line[name]:
+            figures = ", ".join(f"{rate:g} {unit} on {count}" for count, rate in line[name].items())
+            yield f"  limit of {label}: {figures}"
+
+
+def _conclusions(rows: list[Line]) -> Iterator[str]:
+    for line in rows:
+        if line["wrong"]:
+            yield f"{line['id']} {line['work']} is wrong, so it has no speed: {line['wrong']}"
+    held = sum(line["holds"] for line in rows)
+    yield f"{held} of {len(rows)} rows hold their floors."
+    for line in rows:
+        if line["flex_ms"]:
+            yield f"{line['id']} {line['work']}: FlexAttention took {_milliseconds(line['flex_ms'])}"
+    taken = max((line["others"] for line in rows), default=0)
+    if taken > bench.QUIET:
+        yield (
+            f"Other programs kept up to {taken:.1f} cores busy meanwhile, which lowers these figures: measure again "
+            "on an idle machine."
+        )
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"

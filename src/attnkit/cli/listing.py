@@ -1,0 +1,51 @@
+"""``attnkit list``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from attnkit.cli.output import Json, console, emit, table
+from attnkit.registry import mechanisms
+from attnkit.spec import Mechanism
+
+
+def verb(json: Json = False) -> None:
+    """List the mechanisms, what each computes, its backends and its presets.
+
+    A mechanism is one equation. A preset is a mechanism with settings: MQA is softmax attention with one KV head.
+
+    Examples:
+
+        attnkit list
+        attnkit list --json | jq '.[].presets[].name'
+    """
+    if json:
+        emit([record(spec) for spec in mechanisms().values()])
+        return
+    out = console()
+    for spec in mechanisms().values():
+        out.print(f"[bold]{spec.name}[/]  {spec.title}")
+        out.print(f"  {spec.equation}", markup=False)
+        out.print(f"  backends, first choice first: {', '.join(backend.name for backend in spec.backends)}")
+        if spec.presets:
+            rows = table("preset", "layer", "source")
+            for preset in spec.presets:
+                rows.add_row(preset.name, preset.title, preset.paper)
+            out.print()
+            out.print(rows)
+        out.print()
+    out.print("attnkit explain NAME tells more about one; attnkit compare trains and times them.")
+
+
+def record(spec: Mechanism) -> dict[str, Any]:
+    """What a machine wants to know of a mechanism."""
+    return {
+        "name": spec.name,
+        "title": spec.title,
+        "equation": spec.equation,
+        "papers": list(spec.papers),
+        "laws": asdict(spec.laws),
+        "backends": [{"name": b.name, "grad": b.grad, "finite_only": b.finite_only} for b in spec.backends],
+        "presets": [{"name": p.name, "title": p.title, "paper": p.paper} for p in spec.presets],
+    }

@@ -1,0 +1,36 @@
+"""What every verb shares: its ``--json`` option, a console, and the way it is stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+class StoppedError(Exception):
+    """Ctrl-C in a verb that keeps something; the text says what is kept."""
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that never wraps what goes into a file or a pipe."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 160)
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """A table of one house style; the columns named in ``right`` hold numbers."""
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        made.add_column(name, justify="right" if name in right else "left")
+    return made
+
+
+def emit(value: Any) -> None:
+    """Print one JSON value."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
