@@ -318,11 +318,11 @@ class Decode {
       for (int64_t c = 0; c < value_columns_; c += kWidth)
         store(w.sums + c, fma(splat(factor), load(from + c), load(w.sums + c)));
     }
-    const RowEnd end = finish_row(top, total, s_.sink ? s_.sink + head : nullptr);
+    const RowEnd end(top, total, s_.sink ? s_.sink + head : nullptr);
     T* o = static_cast<T*>(s_.o) + batch * s_.o_b + head * s_.o_h + i * s_.o_m;
     for (int64_t c = 0; c < s_.e; c += kWidth)
-      store_first(o + c, load(w.sums + c) * splat(end.factor), static_cast<int>(least<int64_t>(kWidth, s_.e - c)));
-    if (s_.lse) s_.lse[row] = end.lse;
+      store_some(o + c, load(w.sums + c) * splat(end.factor), least<int64_t>(kWidth, s_.e - c));
+    if (s_.lse) s_.lse[row] = end.lse();
   }
 
   const attnkit_softmax& s_;

@@ -44,15 +44,10 @@ struct BFloat16Math {
 };
 #endif
 
-// c[6][vectors] (+)= a[6][steps] * b[steps][vectors]
-template <class Math, int kVectors, bool kAccumulate>
+// acc[6][vectors] += a[6][steps] * b[steps][vectors]
+template <class Math, int kVectors>
 ATTNKIT_INLINE void multiply_strip(const typename Math::Element* a, int64_t lda, const typename Math::Element* b,
-                                   int64_t ldb, int64_t steps, float* c, int64_t ldc) {
-  Vec acc[kRows][kVectors];
-#pragma GCC unroll 6
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) acc[i][j] = kAccumulate ? load(c + i * ldc + j * kWidth) : zero();
+                                   int64_t ldb, int64_t steps, Vec (&acc)[kRows][kVectors]) {
   for (int64_t s = 0; s < steps; ++s) {
     decltype(Math::load_row(b)) row[kVectors];
 #pragma GCC unroll 4
@@ -64,21 +59,57 @@ ATTNKIT_INLINE void multiply_strip(const typename Math::Element* a, int64_t lda,
     a += 1;
     b += ldb;
   }
+}
+
+// c += a * b
+template <class Math, int kVectors>
+ATTNKIT_NOINLINE void add_product(const typename Math::Element* a, int64_t lda, const typename Math::Element* b,
+                                  int64_t steps, float* c, int64_t ldc) {
+  Vec acc[kRows][kVectors];
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) acc[i][j] = load(c + i * ldc + j * kWidth);
+  multiply_strip<Math, kVectors>(a, lda, b, kVectors * kWidth, steps, acc);
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kWidth, acc[i][j]);
 }
 
-template <class Math, bool kAccumulate>
-ATTNKIT_NOINLINE void multiply(const typename Math::Element* a, int64_t lda, const typename Math::Element* b,
-                               int64_t ldb, int64_t steps, int vectors, float* c, int64_t ldc) {
-  if (vectors == kStripVectors) {
-    multiply_strip<Math, kStripVectors, kAccumulate>(a, lda, b, ldb, steps, c, ldc);
-  } else if (vectors == 1) {
-    multiply_strip<Math, 1, kAccumulate>(a, lda, b, ldb, steps, c, ldc);
-  } else if constexpr (kStripVectors == 4) {
-    if (vectors == 2) multiply_strip<Math, 2, kAccumulate>(a, lda, b, ldb, steps, c, ldc);
-    if (vectors == 3) multiply_strip<Math, 3, kAccumulate>(a, lda, b, ldb, steps, c, ldc);
+// c = a * b, and the running maxima of its rows: the adders that find them are idle while products are formed.
+template <class Math, int kVectors>
+ATTNKIT_NOINLINE void product_and_peaks(const typename Math::Element* a, int64_t lda, const typename Math::Element* b,
+                                        int64_t steps, float* c, int64_t ldc, float* peaks) {
+  Vec acc[kRows][kVectors];
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) acc[i][j] = zero();
+  multiply_strip<Math, kVectors>(a, lda, b, kStrip, steps, acc);
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+    Vec peak = load(peaks + i * kWidth);
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      store(c + i * ldc + j * kWidth, acc[i][j]);
+      peak = max(peak, acc[i][j]);
+    }
+    store(peaks + i * kWidth, peak);
   }
+}
+
+// Calls f with a strip's number of vectors as a constant.
+template <int kCount>
+struct Vectors {
+  static constexpr int count = kCount;
+};
+template <class F>
+ATTNKIT_INLINE void with_vectors(int64_t vectors, F f) {
+  if (vectors == kStripVectors) return f(Vectors<kStripVectors>());
+  if constexpr (kStripVectors == 4) {
+    if (vectors == 3) return f(Vectors<3>());
+    if (vectors == 2) return f(Vectors<2>());
+  }
+  f(Vectors<1>());
 }

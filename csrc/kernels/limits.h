@@ -21,14 +21,14 @@ double best_rate(int64_t threads, double seconds, double amount, F work) {
 }
 
 constexpr int64_t kSteps = 1 << 19;
-constexpr int kChains = 12;  // independent, to cover the latency of an instruction; fits 16 registers
+constexpr int kChains = kWidth == 16 ? 24 : 12;  // independent, to cover the latency of an instruction; fit the registers
 
 ATTNKIT_NOINLINE inline float run_fma(float seed) {
   Vec acc[kChains];
   for (int i = 0; i < kChains; ++i) acc[i] = splat(static_cast<float>(i));
   const Vec a = splat(seed), b = splat(0.25f);
   for (int64_t s = 0; s < kSteps; ++s)
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int i = 0; i < kChains; ++i) acc[i] = fma(a, acc[i], b);
   for (int i = 1; i < kChains; ++i) acc[0] = acc[0] + acc[i];
   return sum(acc[0]);
@@ -46,7 +46,7 @@ ATTNKIT_NOINLINE inline float run_dot(uint32_t seed) {
   for (int i = 0; i < kChains; ++i) acc[i] = splat(static_cast<float>(i));
   const Pairs a = splat_pair(seed);
   for (int64_t s = 0; s < kSteps; ++s)
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int i = 0; i < kChains; ++i) acc[i] = dot_pairs(acc[i], a, a);
   for (int i = 1; i < kChains; ++i) acc[0] = acc[0] + acc[i];
   return sum(acc[0]);

@@ -47,23 +47,21 @@ struct Logits {
   }
 };
 
-// What a finished row needs besides its sum over values: the factor on that sum, and its log-sum-exp.
+// The end of a row. `top` is the exponent of two its weights were taken against (-inf before any key was visible), `total`
+// their sum. The sink joins as one more logit without a value. A row that saw nothing gives zeros and -inf.
 struct RowEnd {
-  float factor;
-  float lse;
-};
+  float top, total;
+  float factor = 1.0f;  // on the row's sum over values
 
-// `top` is the exponent of two the weights were taken against (-inf before any key was visible), `total` their sum. The
-// sink joins as one more logit without a value. A row that saw nothing gives zeros and -inf.
-ATTNKIT_INLINE RowEnd finish_row(float top, float total, const float* sink) {
-  float factor = 1.0f;
-  if (sink && *sink != -kInfinity) {
-    const float logit = *sink * kLog2E;
-    const float reference = logit > top ? logit : top;
-    factor = __builtin_exp2f(top - reference);
-    total = total * factor + __builtin_exp2f(logit - reference);
-    top = reference;
+  ATTNKIT_INLINE RowEnd(float row_top, float row_total, const float* sink) : top(row_top), total(row_total) {
+    if (sink && *sink != -kInfinity) {
+      const float logit = *sink * kLog2E;
+      const float reference = logit > top ? logit : top;
+      factor = __builtin_exp2f(top - reference);
+      total = total * factor + __builtin_exp2f(logit - reference);
+      top = reference;
+    }
+    factor = total == 0.0f ? 0.0f : factor / total;
   }
-  if (total == 0.0f) return {0.0f, -kInfinity};
-  return {factor / total, top * kLn2 + __builtin_logf(total)};
-}
+  ATTNKIT_INLINE float lse() const { return total == 0.0f ? -kInfinity : top * kLn2 + __builtin_logf(total); }
+};

@@ -41,7 +41,7 @@ ATTNKIT_INLINE Vec load_steps(const T* row, int64_t at, int64_t d) {
                            : load_pairs_first(row + 2 * at, static_cast<int>(left)));
   } else
 #endif
-    return d - at >= kWidth ? load(row + at) : load_first(row + at, static_cast<int>(d - at));
+    return load_some(row + at, d - at);
 }
 
 template <class Math, class T>
@@ -89,7 +89,7 @@ bool pack_value_block(const attnkit_softmax& s, const T* values, const PackedSiz
 #endif
       {
         const T* row = values + key * s.v_n + column;
-        const Vec x = key >= s.n ? zero() : count == kWidth ? load(row) : load_first(row, count);
+        const Vec x = key < s.n ? load_some(row, count) : zero();
         store(reinterpret_cast<float*>(at), x);
         zeros_times_values = fma(x, zero(), zeros_times_values);
       }

@@ -6,16 +6,17 @@
 
 constexpr int kTileBlocks = 4;
 constexpr int64_t kTileKeys = kTileBlocks * kBlockKeys;
-constexpr int kGroups = kBlockQueries / kRows;
-// KV heads are packed in waves of about this size, so that packed memory stays in the last cache and does not grow with
-// the batch.
-constexpr int64_t kWaveBytes = int64_t{16} << 20;
+// KV heads are packed in waves of about this size: they are then still in the second cache when they are used, and packed
+// memory does not grow with the batch. On a Zen 5 core with 1 MB of it, 2 % faster at n = 1024 than waves of 16 MB.
+constexpr int64_t kWaveBytes = int64_t{1} << 19;
 
 template <class Math, class T>
 class Prefill {
   using Element = typename Math::Element;
   static constexpr int64_t kVectorKeys = kWidth * Math::kExpVectors;  // weights are written this many at a time
   static constexpr int64_t kWeightStep = kTileKeys / Math::kNumbers;
+  // Rows whose weights are computed in one loop, as registers allow.
+  static constexpr int kWeighRows = kWidth == 16 ? kRows / Math::kExpVectors : 2;
 
  public:
   explicit Prefill(const attnkit_softmax& call)
@@ -26,7 +27,7 @@ class Prefill {
         query_blocks_(ceil_div(call.m, kBlockQueries)),
         query_steps_(round_up(sizes_.key_steps, kWidth)),
         value_columns_(sizes_.value_vectors * kWidth),
-        wave_(clamp<int64_t>(kWaveBytes / sizes_.bytes(), 1, call.b * call.g)),
+        wave_(clamp<int64_t>(kWaveBytes / most<int64_t>(sizes_.bytes(), 1), 1, call.b * call.g)),  // no keys, no bytes
         threads_(thread_count()) {}
 
   int64_t scratch_bytes() const { return wave_ * sizes_.bytes() + threads_ * work_bytes(); }
@@ -62,23 +63,26 @@ class Prefill {
   // What one thread works in.
   struct Work {
     Element* queries;  // 48 rows of query_steps_
-    float* scores;     // 48 rows of a tile
+    float* scores;     // 6 rows of a tile
     Element* weights;  // 6 rows of a tile
     float* sums;       // 48 rows of value_columns_, not yet divided by the totals
     float* totals;     // 48 rows of one vector
-    float* tops;       // 48
+    float* tops;       // 48, see Prefill::raise_tops
+    float* peaks;      // 6 rows of one vector: maxima of the tile's scores
     Work(const Prefill& p, char* memory)
         : queries(reinterpret_cast<Element*>(memory)),
           scores(reinterpret_cast<float*>(queries + kBlockQueries * p.query_steps_)),
-          weights(reinterpret_cast<Element*>(scores + kBlockQueries * kTileKeys)),
+          weights(reinterpret_cast<Element*>(scores + kRows * kTileKeys)),
           sums(reinterpret_cast<float*>(weights + kRows * kWeightStep)),
           totals(sums + kBlockQueries * p.value_columns_),
-          tops(totals + kBlockQueries * kWidth) {}
+          tops(totals + kBlockQueries * kWidth),
+          peaks(tops + kBlockQueries) {}
   };
 
   // Up to four key blocks, and the runs of neighbours among them: one product covers a run.
   struct Tile {
     int blocks = 0, runs = 0;
+    bool whole = false;  // every row sees every key
     int64_t block[kTileBlocks];
     const int64_t* words[kTileBlocks];
     int run_begin[kTileBlocks + 1];
@@ -93,7 +97,7 @@ class Prefill {
   };
 
   int64_t work_bytes() const {
-    return round_up(4 * (kBlockQueries * (query_steps_ + kTileKeys + value_columns_ + kWidth + 1) + kRows * kWeightStep),
+    return round_up(4 * (kBlockQueries * (query_steps_ + value_columns_ + kWidth + 1) + kRows * (kTileKeys + kWeightStep + kWidth)),
                     64);
   }
   int64_t thread_count() const {
@@ -117,15 +121,17 @@ class Prefill {
     const T* q = static_cast<const T*>(s_.q) + batch * s_.q_b + head * s_.q_h + first * s_.q_m;
     pack_queries<Math>(s_, q, queries.count, queries.groups() * kRows, query_steps_, w.queries);
     for (int64_t i = 0; i < queries.groups() * kRows * value_columns_; ++i) w.sums[i] = 0.0f;
-    for (int64_t i = 0; i < queries.count * kWidth; ++i) w.totals[i] = 0.0f;
-    for (int64_t i = 0; i < queries.count; ++i) w.tops[i] = -kInfinity;
+    for (int64_t i = 0; i < kBlockQueries * kWidth; ++i) w.totals[i] = 0.0f;
+    for (int64_t i = 0; i < kBlockQueries; ++i) w.tops[i] = i < queries.count ? -kInfinity : 0.0f;
 
     const Range keys = {visible_range(s_, first).begin, visible_range(s_, first + queries.count - 1).end};
     const KeyBlocks blocks(s_, batch, head, query_block, keys);
     for (int64_t entry = blocks.entry; entry < blocks.entry_end;) {
       Tile tile;
       entry = next_tile(blocks, entry, tile);
-      score(w, kv, queries, tile);
+      const int64_t last_key = (tile.block[tile.blocks - 1] + 1) * kBlockKeys;
+      tile.whole = !s_.offsets && visible_range(s_, first + queries.count - 1).begin <= tile.block[0] * kBlockKeys &&
+                   visible_range(s_, first).end >= last_key;
       for (int group = 0; group < queries.groups(); ++group) attend(w, kv, queries, tile, group);
     }
     finish(w, queries);
@@ -162,45 +168,27 @@ class Prefill {
            visible_range(s_, queries.begin(group)).end < key + kBlockKeys;
   }
 
-  // Products of queries and keys. One key block at a time, so that it stays in the first cache for all rows.
-  void score(const Work& w, const Packed<Math>& kv, const Queries& queries, const Tile& tile) const {
-    for (int run = 0; run < tile.runs; ++run) {
-      for (int i = tile.run_begin[run]; i < tile.run_begin[run + 1]; ++i) {
-        const Element* keys = kv.keys + tile.block[i] * kBlockKeys * sizes_.key_steps;
-        for (int group = 0; group < queries.groups(); ++group) {
-          const Range r = whole_vectors(columns(queries, tile, group, run));
-          const int64_t begin = most(r.begin, i * kBlockKeys), end = least(r.end, (i + 1) * kBlockKeys);
-          for (int64_t c = begin; c < end;) {
-            const int64_t strip = (c - i * kBlockKeys) / kStrip, inside = (c - i * kBlockKeys) % kStrip;
-            const int64_t stop = least(end, c - inside + kStrip);
-            multiply<Math, false>(w.queries + group * kRows * query_steps_, query_steps_,
-                                  keys + strip * kStrip * sizes_.key_steps + inside, kStrip, sizes_.key_steps,
-                                  static_cast<int>((stop - c) / kWidth), w.scores + group * kRows * kTileKeys + c,
-                                  kTileKeys);
-            c = stop;
-          }
-        }
-      }
-    }
-  }
-
   // Six rows of the tile: logits, mask, weights, sum over values.
   void attend(const Work& w, const Packed<Math>& kv, const Queries& queries, const Tile& tile, int group) const {
-    Range seen[kTileBlocks];
-    bool some = false;
-    for (int run = 0; run < tile.runs; ++run) {
-      seen[run] = columns(queries, tile, group, run);
-      some = some || !seen[run].empty();
+    Range seen[kTileBlocks] = {{0, tile.blocks * kBlockKeys}};
+    if (!tile.whole) {
+      bool some = false;
+      for (int run = 0; run < tile.runs; ++run) {
+        seen[run] = columns(queries, tile, group, run);
+        some = some || !seen[run].empty();
+      }
+      if (!some) return;
     }
-    if (!some) return;
+    score(w, kv, tile, group, seen);
     bool careful = false;
-    for (int i = 0; i < tile.blocks; ++i)
-      careful = careful || (kv.odd_values[tile.block[i]] && (s_.bias || partial(queries, tile, group, i)));
-    if (!logits_.plain) to_logits(w, queries, tile, group, seen);
-    for (int i = 0; i < tile.blocks; ++i)
-      if (partial(queries, tile, group, i)) hide(w, queries, tile, group, i);
-    for (int64_t i = queries.begin(group); i <= queries.last(group); ++i)
-      weigh(w, tile, seen, i - queries.first, (i - queries.first) % kRows);
+    if (!tile.whole || !logits_.plain) {
+      if (!logits_.plain) to_logits(w, queries, tile, group, seen);
+      hide(w, queries, tile, group, seen);
+      for (int i = 0; i < tile.blocks; ++i)
+        careful = careful || (kv.odd_values[tile.block[i]] && (s_.bias || partial(queries, tile, group, i)));
+    }
+    raise_tops(w, group);
+    weigh(w, tile, group, seen);
     if (careful) {
       add_visible_values(w, kv, queries, tile, group, seen);
     } else {
@@ -208,74 +196,115 @@ class Prefill {
     }
   }
 
+  // Products of queries and keys, strip by strip.
+  void score(const Work& w, const Packed<Math>& kv, const Tile& tile, int group, const Range* seen) const {
+    for (int i = 0; i < kRows; ++i) store(w.peaks + i * kWidth, splat(-kInfinity));
+    for (int run = 0; run < tile.runs; ++run) {
+      if (seen[run].empty()) continue;
+      const Range r = whole_vectors(seen[run]);
+      const int64_t shift = (tile.block[tile.run_begin[run]] - tile.run_begin[run]) * kBlockKeys;
+      for (int64_t c = r.begin; c < r.end;) {
+        const int64_t strip = c / kStrip * kStrip, stop = least(r.end, strip + kStrip);
+        with_vectors((stop - c) / kWidth, [&](auto vectors) {
+          product_and_peaks<Math, vectors.count>(w.queries + group * kRows * query_steps_, query_steps_,
+                                                 kv.keys + (shift + strip) * sizes_.key_steps + c - strip,
+                                                 sizes_.key_steps, w.scores + c, kTileKeys, w.peaks);
+        });
+        c = stop;
+      }
+    }
+  }
+
   void to_logits(const Work& w, const Queries& queries, const Tile& tile, int group, const Range* seen) const {
     for (int run = 0; run < tile.runs; ++run) {
-      const Range r = whole_vectors(seen[run]);
       if (seen[run].empty()) continue;
-      const int64_t key = tile.block[tile.run_begin[run]] * kBlockKeys + r.begin - tile.run_begin[run] * kBlockKeys;
+      const Range r = whole_vectors(seen[run]);
+      const int64_t key = (tile.block[tile.run_begin[run]] - tile.run_begin[run]) * kBlockKeys + r.begin;
       for (int64_t i = queries.begin(group); i <= queries.last(group); ++i)
-        logits_.apply(w.scores + (i - queries.first) * kTileKeys + r.begin,
+        logits_.apply(w.scores + (i - queries.begin(group)) * kTileKeys + r.begin,
                       static_cast<int>((r.end - r.begin) / kWidth), queries.batch, queries.head, i, key);
     }
   }
 
-  // -inf where a row of the group may not look. Stale scores outside the columns of the run are hidden as well.
-  void hide(const Work& w, const Queries& queries, const Tile& tile, int group, int i) const {
-    for (int64_t query = queries.begin(group); query <= queries.last(group); ++query) {
-      const uint64_t word = visible_word(s_, query, tile.block[i], tile.words[i]);
-      if (word == kAll) continue;
-      float* row = w.scores + (query - queries.first) * kTileKeys + i * kBlockKeys;
-      for (int64_t c = 0; c < kBlockKeys; c += kWidth)
-        store(row + c, select(static_cast<Bits>(word >> c), load(row + c), -kInfinity));
+  // -inf where a row of the group may not look, and the maxima of what is left.
+  void hide(const Work& w, const Queries& queries, const Tile& tile, int group, const Range* seen) const {
+    for (int64_t i = queries.begin(group); i <= queries.last(group); ++i) {
+      float* scores = w.scores + (i - queries.begin(group)) * kTileKeys;
+      Vec peak = splat(-kInfinity);
+      for (int run = 0; run < tile.runs; ++run) {
+        if (seen[run].empty()) continue;
+        const Range r = whole_vectors(seen[run]);
+        for (int64_t c = r.begin; c < r.end;) {
+          const int64_t block = c / kBlockKeys, stop = least(r.end, (block + 1) * kBlockKeys);
+          const uint64_t word = visible_word(s_, i, tile.block[block], tile.words[block]);
+          for (; c < stop; c += kWidth) {
+            Vec x = load(scores + c);
+            if (word != kAll) store(scores + c, x = select(static_cast<Bits>(word >> c % kBlockKeys), x, -kInfinity));
+            peak = max(peak, x);
+          }
+        }
+      }
+      store(w.peaks + (i - queries.begin(group)) * kWidth, peak);
     }
   }
 
-  // Weights of one row against its running maximum. Almost always the old maximum still serves; otherwise sums are
-  // rescaled and the row is done again.
-  void weigh(const Work& w, const Tile& tile, const Range* seen, int64_t row, int64_t row_in_group) const {
-    const float* scores = w.scores + row * kTileKeys;
-    Element* weights = w.weights + row_in_group * kWeightStep;
-    float top = w.tops[row];
-    if (top == -kInfinity) {
-      Vec peak = splat(-kInfinity);
-      for (int run = 0; run < tile.runs; ++run) {
-        const Range r = whole_vectors(seen[run]);
-        if (!seen[run].empty())
-          for (int64_t c = r.begin; c < r.end; c += kWidth) peak = max(peak, load(scores + c));
-      }
-      top = largest(peak) * logits_.exponent;
-      if (!(top > -kInfinity)) top = -kInfinity;
+  // The exponent a row's weights are taken against moves only when the tile goes far above it.
+  void raise_tops(const Work& w, int group) const {
+    float* tops = w.tops + group * kRows;
+    const Vec factor = splat(logits_.exponent);
+    Vec above = splat(-kInfinity);
+    for (int i = 0; i < kRows; ++i)
+      above = max(above, fma(load(w.peaks + i * kWidth), factor, splat(-kLateRescale - tops[i])));
+    if (!any_above(above, 0.0f)) return;
+    for (int i = 0; i < kRows; ++i) {
+      const float top = largest(load(w.peaks + i * kWidth)) * logits_.exponent;
+      if (!(top > tops[i] + kLateRescale)) continue;
+      if (tops[i] != -kInfinity) rescale(w, group * kRows + i, __builtin_exp2f(tops[i] - top));
+      tops[i] = top;
     }
-    for (;;) {
-      const Vec shift = splat(top == -kInfinity ? 0.0f : -top), factor = splat(logits_.exponent);
-      Vec total = zero(), peak = splat(-kInfinity);
+  }
+
+  void rescale(const Work& w, int64_t row, float by) const {
+    float* totals = w.totals + row * kWidth;
+    float* sums = w.sums + row * value_columns_;
+    store(totals, load(totals) * splat(by));
+    for (int64_t c = 0; c < value_columns_; c += kWidth) store(sums + c, load(sums + c) * splat(by));
+  }
+
+  // Weights of the group, and their totals. Rows go through one loop together: one row alone is a chain of dependent
+  // instructions, and a loop that ends after every row is often guessed wrong.
+  void weigh(const Work& w, const Tile& tile, int group, const Range* seen) const {
+    const Vec factor = splat(logits_.exponent);
+#pragma GCC unroll 1
+    for (int first = 0; first < kRows; first += kWeighRows) {
+      const float* scores = w.scores + first * kTileKeys;
+      Element* weights = w.weights + first * kWeightStep;
+      float* totals = w.totals + (group * kRows + first) * kWidth;
+      const float* tops = w.tops + group * kRows + first;
+      Vec total[kWeighRows], shift[kWeighRows];
+#pragma GCC unroll 6
+      for (int i = 0; i < kWeighRows; ++i) {
+        total[i] = load(totals + i * kWidth);
+        shift[i] = splat(tops[i] == -kInfinity ? 0.0f : -tops[i]);
+      }
       for (int run = 0; run < tile.runs; ++run) {
-        const Range r = whole_vectors(seen[run]);
         if (seen[run].empty()) continue;
+        const Range r = whole_vectors(seen[run]);
         for (int64_t c = r.begin; c < r.end; c += kVectorKeys) {
-          Vec x[Math::kExpVectors];
+#pragma GCC unroll 6
+          for (int i = 0; i < kWeighRows; ++i) {
+            Vec x[Math::kExpVectors];
 #pragma GCC unroll 2
-          for (int j = 0; j < Math::kExpVectors; ++j) {
-            const Vec exponent = fma(load(scores + c + j * kWidth), factor, shift);
-            peak = max(peak, exponent);
-            x[j] = exp2<Math::kExpDegree>(exponent);
-            total = total + x[j];
+            for (int j = 0; j < Math::kExpVectors; ++j) {
+              x[j] = exp2<Math::kExpDegree>(fma(load(scores + i * kTileKeys + c + j * kWidth), factor, shift[i]));
+              total[i] = total[i] + x[j];
+            }
+            Math::store_weights(weights + i * kWeightStep + c / Math::kNumbers, x);
           }
-          Math::store_weights(weights + c / Math::kNumbers, x);
         }
       }
-      float* totals = w.totals + row * kWidth;
-      if (!any_above(peak, kLateRescale)) {
-        store(totals, load(totals) + total);
-        w.tops[row] = top;
-        return;
-      }
-      const float rise = largest(peak);
-      const Vec shrink = splat(__builtin_exp2f(-rise));
-      store(totals, load(totals) * shrink);
-      float* sums = w.sums + row * value_columns_;
-      for (int64_t c = 0; c < value_columns_; c += kWidth) store(sums + c, load(sums + c) * shrink);
-      top += rise;
+#pragma GCC unroll 6
+      for (int i = 0; i < kWeighRows; ++i) store(totals + i * kWidth, total[i]);
     }
   }
 
@@ -289,10 +318,11 @@ class Prefill {
       const int64_t step = block * kBlockKeys / Math::kNumbers + begin;
       for (int64_t vector = 0; vector < sizes_.value_vectors; vector += kStripVectors) {
         const int64_t vectors = least<int64_t>(kStripVectors, sizes_.value_vectors - vector);
-        multiply<Math, true>(w.weights + begin, kWeightStep,
-                             kv.values + vector * kWidth * sizes_.value_steps + step * vectors * kWidth,
-                             vectors * kWidth, steps, static_cast<int>(vectors), sums + vector * kWidth,
-                             value_columns_);
+        with_vectors(vectors, [&](auto strip) {
+          add_product<Math, strip.count>(w.weights + begin, kWeightStep,
+                                         kv.values + vector * kWidth * sizes_.value_steps + step * vectors * kWidth,
+                                         steps, sums + vector * kWidth, value_columns_);
+        });
       }
     }
   }
@@ -305,7 +335,7 @@ class Prefill {
       const Element* weights = w.weights + row % kRows * kWeightStep;
       for (int run = 0; run < tile.runs; ++run) {
         for (int64_t c = seen[run].begin; c < seen[run].end; ++c) {
-          if (w.scores[row * kTileKeys + c] == -kInfinity) continue;
+          if (w.scores[row % kRows * kTileKeys + c] == -kInfinity) continue;
           const int64_t key = (tile.block[tile.run_begin[run]] - tile.run_begin[run]) * kBlockKeys + c;
           const Vec weight = splat(Math::weight(weights, c));
           for (int64_t vector = 0; vector < sizes_.value_vectors; ++vector) {
@@ -324,13 +354,12 @@ class Prefill {
   void finish(const Work& w, const Queries& queries) const {
     T* o = static_cast<T*>(s_.o) + queries.batch * s_.o_b + queries.head * s_.o_h + queries.first * s_.o_m;
     for (int64_t row = 0; row < queries.count; ++row) {
-      const RowEnd end =
-          finish_row(w.tops[row], sum(load(w.totals + row * kWidth)), s_.sink ? s_.sink + queries.head : nullptr);
+      const RowEnd end(w.tops[row], sum(load(w.totals + row * kWidth)), s_.sink ? s_.sink + queries.head : nullptr);
+      const Vec factor = splat(end.factor);
       const float* sums = w.sums + row * value_columns_;
       for (int64_t c = 0; c < s_.e; c += kWidth)
-        store_first(o + row * s_.o_m + c, load(sums + c) * splat(end.factor),
-                    static_cast<int>(least<int64_t>(kWidth, s_.e - c)));
-      if (s_.lse) s_.lse[(queries.batch * s_.h + queries.head) * s_.m + queries.first + row] = end.lse;
+        store_some(o + row * s_.o_m + c, load(sums + c) * factor, least<int64_t>(kWidth, s_.e - c));
+      if (s_.lse) s_.lse[(queries.batch * s_.h + queries.head) * s_.m + queries.first + row] = end.lse();
     }
   }
 

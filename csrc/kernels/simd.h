@@ -41,6 +41,20 @@ ATTNKIT_INLINE T clamp(T x, T low, T high) {
 ATTNKIT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 ATTNKIT_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Up to a whole vector.
+template <class T>
+ATTNKIT_INLINE Vec load_some(const T* p, int64_t count) {
+  return count >= kWidth ? load(p) : load_first(p, static_cast<int>(count));
+}
+template <class T>
+ATTNKIT_INLINE void store_some(T* p, Vec x, int64_t count) {
+  if (count >= kWidth) {
+    store(p, x);
+  } else {
+    store_first(p, x, static_cast<int>(count));
+  }
+}
+
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;

@@ -98,6 +98,10 @@ template <class T>
 ATTNKIT_INLINE void store_first(T* p, Vec x, int count) {
   for (int i = 0; i < count; ++i) p[i] = narrow(x[i], T{});
 }
+template <class T>
+ATTNKIT_INLINE void store(T* p, Vec x) {
+  store_first(p, x, kWidth);
+}
 
 ATTNKIT_INLINE float largest(Vec x) {
   const float a = x[0] > x[1] ? x[0] : x[1];

@@ -51,6 +51,12 @@ ATTNKIT_INLINE Vec load_first(const BFloat16* p, int count) { return widen_bf16(
 ATTNKIT_INLINE Vec load_first(const Float16* p, int count) {
   return _mm256_cvtph_ps(load_halves_first(p, count));
 }
+ATTNKIT_INLINE void store(BFloat16* p, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(x));
+}
+ATTNKIT_INLINE void store(Float16* p, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 ATTNKIT_INLINE void store_first(BFloat16* p, Vec x, int count) {
   const __m128i halves = narrow_bf16(x);
   __builtin_memcpy(p, &halves, 2 * static_cast<unsigned>(count));

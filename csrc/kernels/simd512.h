@@ -44,6 +44,12 @@ ATTNKIT_INLINE Vec load_first(const BFloat16* p, int count) {
 ATTNKIT_INLINE Vec load_first(const Float16* p, int count) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p));
 }
+ATTNKIT_INLINE void store(BFloat16* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x));
+}
+ATTNKIT_INLINE void store(Float16* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 ATTNKIT_INLINE void store_first(BFloat16* p, Vec x, int count) {
   _mm256_mask_storeu_epi16(p, first(count), narrow_bf16(x));
 }
