@@ -254,7 +254,8 @@ class Prefill {
     const Vec factor = splat(logits_.exponent);
     Vec above = splat(-kInfinity);
     for (int i = 0; i < kRows; ++i)
-      above = max(above, fma(load(w.peaks + i * kWidth), factor, splat(-kLateRescale - tops[i])));
+      // A row that has seen nothing gives inf - inf here: in first place, max drops it.
+      above = max(fma(load(w.peaks + i * kWidth), factor, splat(-kLateRescale - tops[i])), above);
     if (!any_above(above, 0.0f)) return;
     for (int i = 0; i < kRows; ++i) {
       const float top = largest(load(w.peaks + i * kWidth)) * logits_.exponent;
