@@ -13,7 +13,7 @@ import textwrap
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -71,6 +71,7 @@ class Import:
         return f"{self.source.module}:{self.line} imports {self.target}"
 
 
+@cache
 def package_sources() -> dict[str, Source]:
     sources = {}
     for path in sorted((ROOT / "src" / "attnkit").rglob("*.py")):
