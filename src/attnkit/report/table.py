@@ -69,13 +69,13 @@ def legend(results: Results) -> str:
     spread = any(s.spread is not None for measure in quality for s in measure.samples.values())
     margins = [f"{units.bits(m.margin)} bits per byte" for m in quality if m.name == "bits"]
     if tasks:
-        margins.append(f"{units.points(max(m.margin for m in tasks))} points of accuracy")
+        margins.append(f"{units.rounded(100 * max(m.margin for m in tasks), 2)} points of accuracy")
     if cost:
         margins.append(f"{units.percent(TIMING)} of a time")
     return " ".join(
         [
             *(["* is best, beyond the noise."] if "best" in marks else []),
-            *(["≈ cannot be told from the best."] if "tied" in marks else []),
+            *(["≈ cannot be distinguished from the best."] if "tied" in marks else []),
             f"The noise {'over seeds' if spread else 'assumed for one seed'}: {joined(margins)}.",
             *(["± is the standard deviation over seeds."] if spread else []),
             *([f"Under {joined([m.name for m in tasks])}: the length measured, then pairs."] if tasks else []),

@@ -81,11 +81,10 @@ def _conclusion(results: Results) -> str | None:
     which = "no row" if len(good) == len(rows) else f"none of {_labels(good)}"
     chosen = [row for row in good if held[row.id] == least]
     if len(chosen) == len(good):
-        return f"In short: {which} can be told from the best in {judged}, and their caches are equally large ({size})."
-    return (
-        f"In short: {which} can be told from the best in {judged}, so cost decides. The smallest cache among them is that "
-        f"of {_labels(chosen)}: {size}{less}."
-    )
+        cost = f"and their caches are equally large ({size})."
+    else:
+        cost = f"so cost decides. The smallest cache among them is that of {_labels(chosen)}: {size}{less}."
+    return f"In short: {which} can be distinguished from the best in {judged}, {cost}"
 
 
 def _on_text(results: Results) -> str | None:
@@ -114,7 +113,7 @@ def _on_text(results: Results) -> str | None:
     behind = [
         f"{_label(results, row)} (+{measure.samples[row].mean - low:.3f})" for row in ranked if row not in leaders
     ]
-    level = f"; not to be told from it: {_labels_of(results, leaders[1:])}" if leaders[1:] else ""
+    level = f"; indistinguishable from it: {_labels_of(results, leaders[1:])}" if leaders[1:] else ""
     return (
         f"On this text {_label(results, best)} has the lowest bits per byte, {units.bits(low)}{level}. "
         f"Worse by more than the noise: {joined(behind)}. {noise}"
@@ -161,10 +160,12 @@ def _quality_for_bytes(results: Results, bits: Measure, cache: Measure) -> list[
         left = {row: mean for row, mean in left.items() if cache.samples[row].mean < cache.samples[chosen].mean}
     first, *smaller = (f"{_label(results, row)} ({cache.text(row)}, {bits.text(row)} bits per byte)" for row in steps)
     if not smaller:
-        return [f"The smallest cache of all, that of {first}, comes with bits per byte not to be told from the best."]
+        return [
+            f"The smallest cache of all, that of {first}, comes with bits per byte indistinguishable from the best."
+        ]
     return [
-        f"The smallest cache whose bits per byte cannot be told from the best is that of {first}; of the caches smaller "
-        f"still, the same way, that of {', then of '.join(smaller)}."
+        f"The smallest cache whose bits per byte cannot be distinguished from the best is that of {first}; of the "
+        f"caches smaller still, the same way, that of {', then of '.join(smaller)}."
     ]
 
 
@@ -184,7 +185,7 @@ def _on_task(results: Results, task: str, explained: set[str]) -> str | None:
     hard = f"At the hardest {name} that a row learned ({place})"
     if len(leaders) == len(ranked):
         return (
-            f"{hard} no row can be told from the best: all answer at least "
+            f"{hard} no row can be distinguished from the best: all answer at least "
             f"{units.percent(measure.samples[ranked[-1]].mean)} ({margin})."
         )
     behind = [row for row in results.rows if row.id in measure.samples and row.id not in leaders]
@@ -194,10 +195,10 @@ def _on_task(results: Results, task: str, explained: set[str]) -> str | None:
         *_distance(results, task, place, behind),
         *_causes([row for row in behind if row.id not in explained]),
     ]
-    explained.update(row.id for row in behind)
     spared = [row for row in results.rows if row.id in leaders and (row.looks_past or _fixed(row))]
-    if spared:
+    if spared and not explained.issuperset(row.id for row in spared):
         said.append(f"Nothing that can be claimed is lost at this length by {_labels(spared)}.")
+    explained.update(row.id for row in (*behind, *spared))
     return " ".join(said)
 
 
@@ -211,7 +212,9 @@ def _distance(results: Results, task: str, place: Place, behind: Sequence[Row]) 
     if not level or _top(near) < LEARNED:
         return []
     length = shorter[0].length
-    return [f"At {length} tokens {_labels(level)} cannot be told from the best yet: the loss comes with distance."]
+    return [
+        f"At {length} tokens {_labels(level)} cannot be distinguished from the best yet: the loss comes with distance."
+    ]
 
 
 def _causes(behind: Sequence[Row]) -> list[str]:
@@ -263,11 +266,11 @@ def _on_decoding(results: Results) -> str | None:
             f"{units.milliseconds(high)} a token)."
         )
     else:
-        level = f" (not to be told from it: {_labels_of(results, leaders[1:])})" if leaders[1:] else ""
+        first, last = (_label(results, row) for row in (ranked[0], ranked[-1]))
+        level = f" (indistinguishable from it: {_labels_of(results, leaders[1:])})" if leaders[1:] else ""
         said.append(
-            f"At {long} tokens the fastest is {_label(results, ranked[0])} with {units.milliseconds(low)} a token{level}, "
-            f"the slowest {_label(results, ranked[-1])} with {units.milliseconds(high)}, "
-            f"{units.rounded(high / low, 2)} times as long."
+            f"At {long} tokens the fastest is {first} with {units.milliseconds(low)} a token{level}, the slowest "
+            f"{last} with {units.milliseconds(high)}, {units.rounded(high / low, 2)} times as long."
         )
     return " ".join(said)
 
