@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 
@@ -49,10 +49,6 @@ class Display:
         if self._bars:
             self._bars.stop()
 
-    def say(self, text: RenderableType) -> None:
-        """Print above the bars."""
-        self._console.print(text)
-
     def start(self, job: Job) -> None:
         self._started[job] = time.perf_counter()
         if self._bars:
@@ -69,18 +65,19 @@ class Display:
             self._bars.update(self._tasks[job], completed=done, left=left)
             self._bars.update(self._overall, completed=self._fraction(), left=self._left())
 
-    def finish(self, job: Job, result: str) -> None:
+    def finish(self, job: Job, result: str = "") -> None:
         """``job`` is done; ``result`` says in a few words what came out."""
         self.update(job, 1.0)
         spent = time.perf_counter() - self._started[job]
-        finished = sum(done == 1.0 for done in self._done.values())
+        said = f"{job.title}: {result}" if result else job.title
         if self._bars:
             self._bars.remove_task(self._tasks.pop(job))
-            self.say(f"{job.title}: {result} ({_time(spent)})")
+            if result:
+                self._console.print(f"{said} ({_time(spent)})", markup=False)
         else:
-            left = self._left()
-            head = f"[{finished}/{len(self._done)}] {job.title}: {result} ({_time(spent)}"
-            self._console.print(f"{head}{', ' if left else ''}{left})", markup=False)
+            finished = sum(done == 1.0 for done in self._done.values())
+            times = ", ".join(part for part in (_time(spent), self._left()) if part)
+            self._console.print(f"[{finished}/{len(self._done)}] {said} ({times})", markup=False)
 
     def _fraction(self) -> float:
         return sum(job.seconds * done for job, done in self._done.items()) / sum(job.seconds for job in self._done)

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+
+from torch import nn
 
 from attnkit import registry
 from attnkit.spec import LayerPlace, Mechanism, Preset
@@ -22,9 +23,10 @@ class Row:
     mechanism: Mechanism
     preset: Preset
 
-    def layer(self, place: LayerPlace) -> Any:
-        """The ``nn.Module`` that stands at ``place``."""
-        return self.mechanism.layer(self.preset.configure(place))
+    def layer(self, place: LayerPlace) -> nn.Module:
+        """The attention layer that stands at ``place``."""
+        made: nn.Module = self.mechanism.layer(self.preset.configure(place))
+        return made
 
 
 @cache

@@ -132,8 +132,8 @@ class Store:
                 inner = next(k for k in (*ours, *theirs) if ours.get(k) != theirs.get(k))
                 name, ours, theirs = f"{name} {inner}", ours.get(inner), theirs.get(inner)
             raise ValueError(
-                f"{self.path} was begun with {name} {_shown(theirs)}, this run has {_shown(ours)}: run it as it was begun, "
-                "or leave out --resume to start anew (the old results are kept)"
+                f"{self.path} was begun with {name} {_shown(theirs)}, this run has {_shown(ours)}: "
+                "run it as it was begun, or leave out --resume to start anew (the old results are kept)"
             )
 
     def _put_aside(self) -> None:
@@ -163,7 +163,7 @@ class Store:
         )
 
 
-def replace(path: Path, write: Callable[[Path], None]) -> None:
+def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Have ``write`` make a file beside ``path`` and put it in its place when complete: all of it or nothing."""
     part = path.with_name(f".{path.name}.part")
     try:

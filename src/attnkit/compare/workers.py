@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def run(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], processes
     context = multiprocessing.get_context("spawn")  # a fork after OpenMP has started threads can hang
     waiting = list(enumerate(jobs))
     running: list[Connection] = []
-    alive: list[tuple[BaseProcess, Connection]] = []
+    alive: list[tuple[SpawnProcess, Connection]] = []
     try:
         for _ in range(min(processes, len(waiting), MOST)):
             ours, theirs = context.Pipe()
