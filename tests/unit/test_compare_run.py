@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 
 from attnkit import bench
+from attnkit.bench import host
 from attnkit.compare import CompareOptions, runner
 from attnkit.compare.measure import SpeedPlan
 from attnkit.compare.setups import Setup, Shape, Stage, TaskSetup, TextSetup, Training
@@ -30,7 +31,7 @@ from attnkit.compare.tasks import Exam
 if __name__ == "__main__":
     bench.cases = lambda quick: ()
     bench.limits = lambda: bench.Limits({1: 1.0}, None, {1: 1.0})
-    sys.modules["attnkit.bench.machine"].commit = lambda: "the same before and after a kill"
+    host.commit = lambda: "the same before and after a kill"
     shape = Shape(width=32, layers=2, heads=2, hidden=64, window=8)
     exams = (Exam("recall", 32, 2), Exam("recall", 32, 4), Exam("copy", 18, 8), Exam("needle", 32, 4))
     setup = Setup(
@@ -60,7 +61,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 @pytest.fixture(scope="module")
