@@ -1,11 +1,20 @@
-"""Runs of compare that never ran: lines as compare writes them, with numbers that a test can plan."""
+"""Runs of compare that never ran, with numbers that a test can plan; and a browser to look at what is made of them."""
 
 from __future__ import annotations
 
+import fcntl
+import json
 import math
+import os
 import random
-from collections.abc import Callable, Sequence
+import select
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,3 +183,109 @@ def quick_run() -> list[Line]:
 def full_run() -> list[Line]:
     """Eight rows, three seeds, every task."""
     return example(seeds=(0, 1, 2), tasks=("recall", "copy", "needle"))
+
+
+@pytest.fixture
+def make_run() -> Callable[..., list[Line]]:
+    """``example``, for a run of other rows, seeds or tasks."""
+    return example
+
+
+class Chromium:
+    """A headless browser without a network, driven over a pipe by the DevTools protocol."""
+
+    def __init__(self, program: str, profile: Path) -> None:
+        to_browser, self._out = os.pipe()
+        self._in, from_browser = os.pipe()
+        # The browser reads descriptor 3 and writes 4; from 10 up no copy can overwrite another's source.
+        high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (to_browser, from_browser)]
+        quiet = [(os.POSIX_SPAWN_OPEN, end, os.devnull, os.O_RDWR, 0) for end in (1, 2)]
+        pipes = [(os.POSIX_SPAWN_DUP2, end, name) for end, name in zip(high, (3, 4), strict=True)]
+        options = (
+            "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+            "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe"
+        ).split()
+        options += [f"--user-data-dir={profile}", "--host-resolver-rules=MAP * ~NOTFOUND"]
+        self._process = os.posix_spawn(
+            program, [program, *options], dict(os.environ), file_actions=[*quiet, *pipes], setpgroup=0
+        )
+        for end in (to_browser, from_browser, *high):
+            os.close(end)
+        self._count, self._rest, self.events = 0, b"", list[dict[str, Any]]()
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.send(f"{domain}.enable")
+
+    _session = ""
+
+    def send(self, method: str, **params: Any) -> dict[str, Any]:
+        """The result of one command."""
+        self._count += 1
+        message = {"id": self._count, "method": method, "params": params}
+        os.write(
+            self._out, json.dumps(message | ({"sessionId": self._session} if self._session else {})).encode() + b"\0"
+        )
+        while True:
+            answer = self._read()
+            if answer.get("id") == self._count:
+                assert "error" not in answer, (method, answer["error"])
+                return dict(answer["result"])
+            self.events.append(answer)
+
+    def _read(self, seconds: float = 60) -> dict[str, Any]:
+        end = time.monotonic() + seconds
+        while b"\0" not in self._rest:
+            ready, _, _ = select.select([self._in], [], [], max(0.0, end - time.monotonic()))
+            data = os.read(self._in, 1 << 16) if ready else b""
+            if not data:
+                raise TimeoutError(f"Chromium said nothing for {seconds} seconds or has stopped")
+            self._rest += data
+        message, _, self._rest = self._rest.partition(b"\0")
+        return dict(json.loads(message))
+
+    def evaluate(self, expression: str) -> Any:
+        result = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, result["exceptionDetails"]
+        return result["result"].get("value")
+
+    def open(self, path: Path, *, width: int = 1400, scheme: str = "light") -> None:
+        """Show a file and wait until it says that its charts are drawn."""
+        self.events.clear()
+        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self.send("Page.navigate", url=path.as_uri())
+        self.wait("document.readyState === 'complete' && (document.documentElement.dataset.drawn || !window.vegaEmbed)")
+
+    def wait(self, expression: str, seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while not self.evaluate(f"Boolean({expression})"):
+            assert time.monotonic() < end, f"still not so after {seconds} seconds: {expression}"
+            time.sleep(0.05)
+
+    def seen(self, *methods: str) -> list[dict[str, Any]]:
+        """The parameters of the events of these kinds since the page was opened."""
+        self.evaluate("0")
+        return [event["params"] for event in self.events if event.get("method") in methods]
+
+    def close(self) -> None:
+        with suppress(OSError, TimeoutError):
+            os.write(self._out, b'{"id":0,"method":"Browser.close"}\0')
+        end = time.monotonic() + 10
+        while os.waitpid(self._process, os.WNOHANG) == (0, 0):
+            if time.monotonic() > end:
+                os.killpg(self._process, signal.SIGKILL)
+            time.sleep(0.05)
+        os.close(self._in)
+        os.close(self._out)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip(f"no browser is installed: none of {', '.join(names)} is on the path")
+    chromium = Chromium(program, tmp_path_factory.mktemp("profile"))
+    yield chromium
+    chromium.close()

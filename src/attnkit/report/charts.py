@@ -308,7 +308,7 @@ def kernels(results: Results) -> Figure | None:
     layers.append(alt.Chart(alt.Data(values=[{"share": 1}])).mark_rule(style="limit").encode(x=x))
     layers.append(
         alt.Chart(alt.Data(values=floors))
-        .mark_tick(style="floor", thickness=3, bandSize=16)
+        .mark_tick(style="floor", thickness=3, bandSize=16, opacity=1)
         .encode(x=x, y=y, yOffset=offset)
     )
     chart = alt.layer(*layers).properties(width="container", height=62 * len(drawn))

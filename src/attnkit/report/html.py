@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Iterator
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from attnkit.report.results import Kernel, Line, Picture, Results, read
 from attnkit.report.table import legend, limits
 from attnkit.report.words import paragraphs
 
-_EXPORT = "window.vegaEmbed = vegaEmbed;"
 _MARKS = {"best": "best, beyond the noise", "tied": "cannot be distinguished from the best"}
 # What Vega draws for a shape's name, in a box of 12 by 12 around the origin.
 _PATHS = {
@@ -49,7 +49,6 @@ def page(lines: list[Line]) -> str:
     """The HTML text of the report."""
     charts.require()
     import jinja2
-    import vl_convert
 
     results = read(lines)
     quality, cost = columns(results)
@@ -65,7 +64,7 @@ def page(lines: list[Line]) -> str:
         colours=charts.COLOURS,
         css=asset((own / "page.css").read_text("utf-8")),
         js=asset((own / "page.js").read_text("utf-8")),
-        vega=asset(vl_convert.javascript_bundle(_EXPORT, vl_version=charts.VEGA_LITE)) if drawn else "",
+        vega=asset(_vega()) if drawn else "",
         paragraphs=[_unbroken(text) for text in paragraphs(lines)],
         legend=legend(results),
         marks=_MARKS,
@@ -89,6 +88,14 @@ def page(lines: list[Line]) -> str:
         setting=list(_setting(results)),
         command=command(results),
     )
+
+
+@cache
+def _vega() -> str:
+    """The scripts that draw, 0.9 MB; putting them together takes seconds."""
+    import vl_convert
+
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=charts.VEGA_LITE)
 
 
 def _unbroken(text: str) -> str:
