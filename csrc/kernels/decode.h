@@ -121,11 +121,14 @@ class Decode {
 
     const int64_t start = (first_split_ + split) * split_keys_;
     const KeyBlocks blocks(s_, batch, head, 0, {most(keys_.begin, start), least(keys_.end, start + split_keys_)});
-    for (int64_t entry = blocks.entry; entry < blocks.entry_end; ++entry)
-      attend_block(w, batch, head, blocks.key_block(entry), blocks.words(entry));
+    for (int64_t entry = blocks.entry; entry < blocks.entry_end; ++entry) {
+      const int64_t next = blocks.key_block(least(entry + 1, blocks.entry_end - 1));
+      attend_block(w, batch, head, blocks.key_block(entry), blocks.words(entry), next);
+    }
   }
 
-  void attend_block(const Work& w, int64_t batch, int64_t head, int64_t key_block, const int64_t* words) const {
+  void attend_block(const Work& w, int64_t batch, int64_t head, int64_t key_block, const int64_t* words,
+                    int64_t next_block) const {
     uint64_t any = 0, every = kAll;
     for (int64_t i = 0; i < s_.m; ++i) {
       w.words[i] = visible_word(s_, i, key_block, words);
@@ -136,16 +139,21 @@ class Decode {
     // Keys outside [begin, end) are not even read.
     const int64_t begin = __builtin_ctzll(any), end = kBlockKeys - __builtin_clzll(any);
     const int64_t group = head / (s_.h / s_.g), key = key_block * kBlockKeys;
-    const T* keys = static_cast<const T*>(s_.k) + batch * s_.k_b + group * s_.k_g + key * s_.k_n;
+    const T* all_keys = static_cast<const T*>(s_.k) + batch * s_.k_b + group * s_.k_g;
+    const T* keys = all_keys + key * s_.k_n;
     const T* values = static_cast<const T*>(s_.v) + batch * s_.v_b + group * s_.v_g + key * s_.v_n;
 
-    in_rows([&](auto rows, int64_t r) { score<rows.count>(w, keys, begin, end, r); });
+    in_rows([&](auto rows, int64_t r) { score<rows.count>(w, keys, values, begin, end, r); });
     for (int64_t r = 0; r < rows_; ++r) weigh(w, batch, head, key, begin, end, r);
-    const bool hidden = every != bit_range(begin, end) || s_.bias;
+    const bool hidden = s_.bias || every != bit_range(begin, end);
     if (hidden && !finite(values, begin, end)) {
       add_visible_values(w, values, begin, end);
     } else {
-      in_rows([&](auto rows, int64_t r) { add_values<rows.count>(w, values, begin, end, r); });
+      const Range next = {next_block * kBlockKeys, least(s_.n, (next_block + 1) * kBlockKeys)};
+      in_rows([&](auto rows, int64_t r) {
+        add_values<rows.count>(w, values, begin, end, r, r == 0 ? all_keys + next.begin * s_.k_n : nullptr,
+                               next.end - next.begin);
+      });
     }
   }
 
@@ -165,9 +173,10 @@ class Decode {
     if (r < rows_) f(Rows<1>(), r);
   }
 
-  // kRows rows by as many keys as give one vector of sums.
+  // Products of kCount rows with as many keys at a time as give one vector of sums. Keys one after the other, as they lie
+  // in memory. Fetches the values that are needed next.
   template <int kCount>
-  void score(const Work& w, const T* keys, int64_t begin, int64_t end, int64_t r) const {
+  void score(const Work& w, const T* keys, const T* values, int64_t begin, int64_t end, int64_t r) const {
     constexpr int kKeys = kWidth / kCount;
     const Query* queries = w.queries + r * query_vectors_ * kWidth;
     const int64_t query_row = query_vectors_ * kWidth, whole = s_.d / Product::kNumbers;
@@ -176,12 +185,14 @@ class Decode {
       const T* row[kKeys];
 #pragma GCC unroll 16
       for (int k = 0; k < kKeys; ++k) row[k] = keys + least(c + k, end - 1) * s_.k_n;
+      if (r == 0)
+        for (int k = 0; k < kKeys; ++k) prefetch_row(values + least(c + k, end - 1) * s_.v_n, s_.e);
       Vec acc[kWidth];
 #pragma GCC unroll 16
       for (int j = 0; j < kWidth; ++j) acc[j] = zero();
-      for (int64_t j = 0; j < whole; ++j) {
 #pragma GCC unroll 16
-        for (int k = 0; k < kKeys; ++k) {
+      for (int k = 0; k < kKeys; ++k) {
+        for (int64_t j = 0; j < whole; ++j) {
           const auto x = Product::load_key(row[k] + j * Product::kNumbers);
 #pragma GCC unroll 4
           for (int i = 0; i < kCount; ++i)
@@ -243,18 +254,25 @@ class Decode {
     store(totals, total);
   }
 
+  // Adds the values of keys [begin, end), and fetches the `next_count` keys that are read after them, if `next` is given.
   template <int kCount>
-  void add_values(const Work& w, const T* values, int64_t begin, int64_t end, int64_t r) const {
+  void add_values(const Work& w, const T* values, int64_t begin, int64_t end, int64_t r, const T* next,
+                  int64_t next_count) const {
     int64_t column = 0;
-    for (; column + kStrip <= s_.e; column += kStrip)
-      add_strip<kCount, kStripVectors>(w, values, begin, end, r, column, kWidth);
-    for (; column < s_.e; column += kWidth)
-      add_strip<kCount, 1>(w, values, begin, end, r, column, static_cast<int>(least<int64_t>(kWidth, s_.e - column)));
+    for (; column + kStrip <= s_.e; column += kStrip) {
+      add_strip<kCount, kStripVectors>(w, values, begin, end, r, column, kWidth, next, next_count);
+      next = nullptr;
+    }
+    for (; column < s_.e; column += kWidth) {
+      add_strip<kCount, 1>(w, values, begin, end, r, column, least<int64_t>(kWidth, s_.e - column), next, next_count);
+      next = nullptr;
+    }
   }
 
+  // `last` is the number of columns in the only vector of a narrow strip.
   template <int kCount, int kVectors>
-  void add_strip(const Work& w, const T* values, int64_t begin, int64_t end, int64_t r, int64_t column,
-                 int last) const {
+  void add_strip(const Work& w, const T* values, int64_t begin, int64_t end, int64_t r, int64_t column, int64_t last,
+                 const T* next, int64_t next_count) const {
     float* sums = w.sums + r * value_columns_ + column;
     const float* weights = w.weights + r * kScoreRow;
     Vec acc[kCount][kVectors];
@@ -263,10 +281,11 @@ class Decode {
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) acc[i][j] = load(sums + i * value_columns_ + j * kWidth);
     for (int64_t c = begin; c < end; ++c) {
+      if (next) prefetch_row(next + least(c - begin, next_count - 1) * s_.k_n, s_.d);
       const T* row = values + c * s_.v_n + column;
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {
-        const Vec x = kVectors > 1 || last == kWidth ? load(row + j * kWidth) : load_first(row, last);
+        const Vec x = kVectors > 1 ? load(row + j * kWidth) : load_some(row, last);
 #pragma GCC unroll 4
         for (int i = 0; i < kCount; ++i) acc[i][j] = fma(splat(weights[i * kScoreRow + c]), x, acc[i][j]);
       }
@@ -277,13 +296,19 @@ class Decode {
       for (int j = 0; j < kVectors; ++j) store(sums + i * value_columns_ + j * kWidth, acc[i][j]);
   }
 
+  // The processor does not guess that keys and values take turns: whoever works on one fetches the other. Measured on one
+  // Zen 5 core at n = 32768, d = 128: 12 to 22 GB/s in float32.
+  static ATTNKIT_INLINE void prefetch_row(const T* row, int64_t numbers) {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+    for (int64_t j = 0; j < numbers; j += kLine) prefetch(row + j);
+  }
+
   bool finite(const T* values, int64_t begin, int64_t end) const {
     Vec zeros_times_values = zero();
     for (int64_t c = begin; c < end; ++c)
       for (int64_t column = 0; column < s_.e; column += kWidth)
         zeros_times_values =
-            fma(load_first(values + c * s_.v_n + column, static_cast<int>(least<int64_t>(kWidth, s_.e - column))),
-                zero(), zeros_times_values);
+            fma(load_some(values + c * s_.v_n + column, s_.e - column), zero(), zeros_times_values);
     return bits_unequal(zeros_times_values, 0.0f) == 0;
   }
 
@@ -291,7 +316,7 @@ class Decode {
   void add_visible_values(const Work& w, const T* values, int64_t begin, int64_t end) const {
     for (int64_t r = 0; r < rows_; ++r)
       for (int64_t c = begin; c < end; ++c)
-        if (w.scores[r * kScoreRow + c] != -kInfinity) add_values<1>(w, values, c, c + 1, r);
+        if (w.scores[r * kScoreRow + c] != -kInfinity) add_values<1>(w, values, c, c + 1, r, nullptr, 0);
   }
 
   void keep(const Work& w, float* parts, int64_t batch, int64_t head, int64_t split) const {
