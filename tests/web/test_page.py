@@ -66,13 +66,26 @@ def requests(browser: Any) -> list[str]:
     return [url for url in urls if not url.startswith("data:")]
 
 
+@pytest.fixture(scope="module")
+def full_report(full_run: list[Line], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("full") / "report.html"
+    write_html(full_run, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def quick_report(quick_run: list[Line], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("quick") / "report.html"
+    write_html(quick_run, path)
+    return path
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
 def test_every_chart_is_drawn_without_network_or_console_errors(
-    browser: Any, full_run: list[Line], tmp_path: Path, width: int, scheme: str
+    browser: Any, full_run: list[Line], full_report: Path, width: int, scheme: str
 ) -> None:
-    path = tmp_path / "report.html"
-    write_html(full_run, path)
+    path = full_report
     browser.open(path, width=width, scheme=scheme)
     assert complaints(browser) == []
     assert requests(browser) == [path.as_uri()]
@@ -93,10 +106,8 @@ def test_every_chart_is_drawn_without_network_or_console_errors(
     assert names == (1 if width > 500 else 0)
 
 
-def test_pointing_at_a_row_shows_it_in_every_chart(browser: Any, quick_run: list[Line], tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    write_html(quick_run, path)
-    browser.open(path)
+def test_pointing_at_a_row_shows_it_in_every_chart(browser: Any, quick_report: Path) -> None:
+    browser.open(quick_report)
     lines = "[...document.querySelectorAll('#decode .mark-line path')]"
     faded = f"{lines}.filter((p) => p.getAttribute('opacity') < 0.5).length"
     assert browser.evaluate(faded) == 0
@@ -107,10 +118,8 @@ def test_pointing_at_a_row_shows_it_in_every_chart(browser: Any, quick_run: list
     browser.wait(f"{faded} === 0")
 
 
-def test_charts_follow_the_width_and_the_colour_scheme(browser: Any, quick_run: list[Line], tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    write_html(quick_run, path)
-    browser.open(path, width=1400)
+def test_charts_follow_the_width_and_the_colour_scheme(browser: Any, quick_report: Path) -> None:
+    browser.open(quick_report, width=1400)
     line = "document.querySelector('#decode .mark-line path')?.getAttribute('stroke')"
     assert browser.evaluate(line) == COLOURS[0][0]
     browser.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
@@ -131,17 +140,15 @@ def test_nothing_in_the_data_becomes_code(browser: Any, full_run: list[Line], tm
     assert browser.evaluate("document.querySelectorAll('img').length") == 0
 
 
-def test_hostile_text_stays_text_in_the_source(full_run: list[Line]) -> None:
-    ordinary, attacked = Tags(page(full_run)), Tags(page(hostile(full_run)))
+def test_hostile_text_stays_text_in_the_source(full_run: list[Line], full_report: Path) -> None:
+    ordinary, attacked = Tags(full_report.read_text("utf-8")), Tags(page(hostile(full_run)))
     assert [tag for tag, _ in attacked.found] == [tag for tag, _ in ordinary.found]
     assert attacked.open == ordinary.open == []
 
 
-def test_the_file_needs_nothing_else_and_is_not_large(full_run: list[Line], tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    write_html(full_run, path)
-    assert path.stat().st_size < 1_500_000
-    tags = Tags(path.read_text("utf-8"))
+def test_the_file_needs_nothing_else_and_is_not_large(full_report: Path) -> None:
+    assert full_report.stat().st_size < 1_500_000
+    tags = Tags(full_report.read_text("utf-8"))
     links = [a.get(name) or "" for _, a in tags.found for name in ("src", "href", "srcset", "action")]
     assert all(link in ("", "data:,") for link in links)
     policy = next(a["content"] for tag, a in tags.found if tag == "meta" and "http-equiv" in a)
@@ -149,8 +156,8 @@ def test_the_file_needs_nothing_else_and_is_not_large(full_run: list[Line], tmp_
     assert policy.startswith("default-src 'none'")
 
 
-def test_what_is_drawn_is_said_in_words_too(full_run: list[Line]) -> None:
-    tags = Tags(page(full_run))
+def test_what_is_drawn_is_said_in_words_too(full_run: list[Line], full_report: Path) -> None:
+    tags = Tags(full_report.read_text("utf-8"))
     drawn = [a for tag, a in tags.found if a.get("role") == "img"]
     assert len(drawn) == len(figures(read(full_run))) + 1 + 8
     assert all(len(a.get("aria-label") or "") > 30 for a in drawn)
@@ -238,8 +245,15 @@ def test_the_picture_is_an_svg_or_a_png_of_two_charts(full_run: list[Line], tmp_
         picture(full_run[:3], tmp_path / "compare.svg")
 
 
-def test_the_page_says_how_to_run_it_again(quick_run: list[Line]) -> None:
-    assert command(read(quick_run)).startswith("attnkit compare --quick")
+def test_the_page_says_how_to_run_it_again(make_run: MakeRun) -> None:
+    quick_run = make_run()
+    rows = "mha,mqa,gqa,window,window_sinks,dilated,strided,global_local"
+    same = f"attnkit compare --quick --mechanisms {rows} --seeds 0 --tokenizer bytes"
+    assert command(read(quick_run)) == same
+    quick_run[0] = quick_run[0] | {
+        "settings": quick_run[0]["settings"] | {"quick": False, "text": "my novel.txt, b.txt"}
+    }
+    assert command(read(quick_run)).startswith("attnkit compare --text 'my novel.txt' --text b.txt --mechanisms")
     text = page(quick_run)
     assert all(fact in text for fact in ("AMD EPYC 9B45", "2.13.0+cpu", "0b909db", "v4bf16", "2026-11-22T12:00:00"))
 

@@ -10,7 +10,7 @@ import pytest
 
 from attnkit.report import paragraphs
 from attnkit.report.measures import bits_per_byte
-from attnkit.report.noise import EXACT, TIMED, Sample, over_seeds, student_quantile
+from attnkit.report.noise import EXACT, Noise, Sample, over_seeds, student_quantile
 from attnkit.report.results import read
 
 Line = dict[str, Any]
@@ -110,8 +110,9 @@ def test_noise_of_rows_with_unequal_numbers_of_seeds() -> None:
     noise = over_seeds([Sample((1.0, 1.2)), Sample((1.0, 1.2)), Sample((1.1,))], smallest=0.0, assumed=9.0)
     alone, pair = Sample((1.0,)), Sample((1.0, 1.0))
     assert noise.between(alone, alone) > noise.between(alone, pair) > noise.between(pair, pair) > 0
-    assert not TIMED.separates(Sample((1.0,)), Sample((1.1,)))
-    assert TIMED.separates(Sample((1.0,)), Sample((1.2,)))
+    timed = Noise(relative=0.1)
+    assert not timed.separates(Sample((1.0,)), Sample((1.1,)))
+    assert timed.separates(Sample((1.0,)), Sample((1.2,)))
     assert EXACT.separates(Sample((1.0,)), Sample((1.0001,)))
 
 
@@ -204,7 +205,20 @@ def test_kernels_that_are_slower_than_torch_or_below_their_floor_are_named(make_
     text = told(lines)
     assert "The native kernels are 0.5 to 26 times as fast as torch's and reach 20 to 84 %" in text
     assert "Not faster than torch beyond the noise: K2 prefill bf16 causal h8 d64 n2048." in text
-    assert "Below the floor that attnkit sets itself: K2 prefill bf16 causal h8 d64 n2048." in text
+    assert "Below the floors that attnkit sets itself: K2 prefill bf16 causal h8 d64 n2048." in text
+    failed = {"wrong": "0.3 from the definition", "ratio": None, "share": None}
+    text = told([line | failed if line.get("id") == "K5" else line for line in lines])
+    assert "so without a speed: K5 decode fp32 32/8 d128 n32768 and K5 decode bf16 32/8 d128 n32768." in text
+
+
+def test_a_busy_machine_widens_the_noise_of_times_and_is_told(make_run: MakeRun) -> None:
+    lines = make_run(rows=("mha", "mqa"))
+    assert "Other programs" not in told(lines)
+    assert "slowest" in told(lines)
+    busy = [line | {"spread": 1.2, "others": 1.5} if line["kind"] == "kernel" else line for line in lines]
+    text = told(busy)
+    assert "Other programs kept 1.5 cores of this machine busy meanwhile" in text
+    assert "no row decodes faster than another beyond the noise" in text
 
 
 @pytest.mark.parametrize(

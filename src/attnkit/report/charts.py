@@ -244,7 +244,7 @@ def _learning(results: Results) -> Figure | None:
     kept = [p for series in points.values() for p in series if p.x >= 0.25 * end]
     low, high = min(p.low for p in kept), max(p.high for p in kept)
     pad = 0.05 * (high - low) or 0.05 * high
-    y = _Axis("bits per byte of unseen text", low - pad, high + pad, format=".2f")
+    y = _Axis("bits per byte of unseen text", low - pad, high + pad)
     x = _Axis("tokens read in training", 0, end, label=_COUNT)
     several = "Line: mean over seeds, band: from the lowest to the highest seed. " if len(results.seeds) > 1 else ""
     return Figure(
@@ -267,7 +267,7 @@ def _learning(results: Results) -> Figure | None:
 
 def kernels(results: Results) -> Figure | None:
     """Bars of the machine's limit that a kernel reaches, ours above torch's."""
-    drawn = [kernel for kernel in results.kernels if kernel.share is not None]
+    drawn = [kernel for kernel in results.kernels if kernel.share is not None and kernel.ratio]
     if not drawn:
         return None
     import altair as alt
@@ -275,10 +275,10 @@ def kernels(results: Results) -> Figure | None:
     bars = [
         {"kernel": _named(k), "by": by, "share": share, "ms": ms}
         for k in drawn
-        for by, share, ms in (("attnkit", k.share, k.ours_ms), ("torch", (k.share or 0) / k.ratio, k.sdpa_ms))
+        for by, share, ms in (("attnkit", k.share, k.ours_ms), ("torch", (k.share or 0) / (k.ratio or 1), k.sdpa_ms))
     ]
     names = [
-        {"kernel": _named(k), "by": "", "text": f"{_named(k)}: {units.rounded(k.ratio)}× torch", "zero": 0}
+        {"kernel": _named(k), "by": "", "text": f"{_named(k)}: {units.rounded(k.ratio or 0)}× torch", "zero": 0}
         for k in drawn
     ]
     floors = [
@@ -327,7 +327,8 @@ def _named(kernel: Kernel) -> str:
 
 
 def _told(kernel: Kernel) -> str:
-    return f"{_named(kernel)} {units.percent(kernel.share or 0)}, {units.rounded(kernel.ratio)} times as fast as torch"
+    share, ratio = units.percent(kernel.share or 0), units.rounded(kernel.ratio or 0)
+    return f"{_named(kernel)} {share}, {ratio} times as fast as torch"
 
 
 def _chart(
@@ -395,7 +396,8 @@ def _finished(chart: alt.LayerChart | alt.FacetChart) -> dict[str, Any]:
         padding={"left": 4, "right": 14, "top": 6, "bottom": 4},
         background="transparent",
     )
-    spec: dict[str, Any] = chart.to_dict()
+    # Altair has checked each part when it was made; checking the whole again takes longer than all the rest.
+    spec: dict[str, Any] = chart.to_dict(validate=False)
     spec.pop("config", None)
     return spec
 
@@ -463,7 +465,7 @@ def _linear_axis(title: str, points: Mapping[str, Sequence[_Point]], margin: flo
     low = min(p.low for series in points.values() for p in series)
     high = max(p.high for series in points.values() for p in series)
     pad = margin * (high - low) or 0.02 * abs(high) or 1.0
-    return _Axis(title, low - pad, high + pad, format=".2f")
+    return _Axis(title, low - pad, high + pad)
 
 
 def _powers(axis: _Axis, base: float) -> tuple[float, ...]:

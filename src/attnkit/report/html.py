@@ -17,6 +17,8 @@ from attnkit.report.results import Kernel, Line, Picture, Results, read
 from attnkit.report.table import legend, limits
 from attnkit.report.words import paragraphs
 
+# The name of the text that is read when a user names none.
+_OWN_TEXT = "Shakespeare's plays"
 _MARKS = {"best": "best, beyond the noise", "tied": "cannot be distinguished from the best"}
 # What Vega draws for a shape's name, in a box of 12 by 12 around the origin.
 _PATHS = {
@@ -140,7 +142,7 @@ def _kernel(kernel: Kernel) -> dict[str, str]:
         "name": f"{kernel.id}  {kernel.work}",
         "ours": units.rounded(kernel.ours_ms),
         "theirs": units.rounded(kernel.sdpa_ms),
-        "ratio": units.rounded(kernel.ratio),
+        "ratio": "wrong" if kernel.ratio is None else units.rounded(kernel.ratio),
         "floor_ratio": "" if kernel.floor_ratio is None else units.rounded(kernel.floor_ratio),
         "share": "–" if kernel.share is None else units.percent(kernel.share),
         "floor_share": "" if kernel.floor_share is None else units.percent(kernel.floor_share),
@@ -181,9 +183,11 @@ def _setting(results: Results) -> Iterator[tuple[str, str]]:
         "processor": machine.get("cpu"),
         "cores": machine.get("cores"),
         "instruction level": machine.get("level"),
+        "system": machine.get("system"),
         "attnkit": run.get("attnkit"),
         "commit": run.get("commit"),
         "torch": run.get("torch"),
+        "Python": run.get("python"),
         "started": run.get("started"),
     }
     known = set(facts) | {"bytes", "quick", "rows", "seeds"}
@@ -194,6 +198,12 @@ def _setting(results: Results) -> Iterator[tuple[str, str]]:
 
 
 def command(results: Results) -> str:
-    """What to type to run this again."""
-    words = ["attnkit", "compare", *(["--quick"] if results.settings.get("quick") else [])]
+    """What to type to run this again, with every choice named."""
+    settings = results.settings
+    text = str(settings.get("text") or _OWN_TEXT)
+    words = ["attnkit", "compare", *(["--quick"] if settings.get("quick") else [])]
+    words += [word for name in text.split(", ") for word in ("--text", name)] if text != _OWN_TEXT else []
+    words += ["--mechanisms", ",".join(row.id for row in results.rows)] if results.rows else []
+    words += ["--seeds", ",".join(map(str, results.seeds))] if results.seeds else []
+    words += ["--tokenizer", str(settings["tokenizer"])] if settings.get("tokenizer") else []
     return shlex.join(words)

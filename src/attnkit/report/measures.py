@@ -13,7 +13,6 @@ from attnkit.report.noise import (
     EXACT,
     SMALLEST_ACCURACY,
     SMALLEST_BITS,
-    TIMED,
     Noise,
     Sample,
     over_seeds,
@@ -116,7 +115,9 @@ def decode_time(results: Results, context: int) -> Measure:
         for row in results.rows
         if row.speed and context in row.speed.decode
     }
-    return Measure("decode", ("decode ms", f"at {context}"), "low", samples, TIMED, units.rounded)
+    return Measure(
+        "decode", ("decode ms", f"at {context}"), "low", samples, Noise(relative=results.timing), units.rounded
+    )
 
 
 def cache_size(results: Results) -> Measure:
@@ -141,7 +142,7 @@ def columns(results: Results) -> tuple[list[Measure], list[Measure]]:
 
 def _rate(name: str, values: Callable[[Row], Sequence[float]], results: Results) -> Measure:
     samples = {row.id: Sample(tuple(found)) for row in results.rows if (found := values(row))}
-    return Measure(name, (name, "tokens/s"), "high", samples, TIMED, units.count)
+    return Measure(name, (name, "tokens/s"), "high", samples, Noise(relative=results.timing), units.count)
 
 
 def token_bytes(row: Row) -> str:

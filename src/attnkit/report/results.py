@@ -7,7 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
+
+from attnkit.report.noise import SMALLEST_TIMING
 
 Line = Mapping[str, Any]
 
@@ -76,21 +79,32 @@ class Picture:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel against torch's; ``share`` is of the machine's limit that binds it (arithmetic or memory)."""
+    """One kernel against torch's; ``share`` is of the machine's limit that binds it (arithmetic or memory).
+
+    ``ratio`` and ``share`` are None where ``wrong`` says how the result differs from the definition. ``spread`` is the
+    middle half of our times over their median, ``others`` the cores that other programs kept busy meanwhile.
+    """
 
     id: str
     work: str
     ours_ms: float
     sdpa_ms: float
-    ratio: float
+    ratio: float | None
     share: float | None
     floor_ratio: float | None
     floor_share: float | None
+    spread: float
+    others: float
+    wrong: str | None
 
     @property
     def meets_floors(self) -> bool:
-        fast = self.floor_ratio is None or self.ratio >= self.floor_ratio
-        return fast and (self.floor_share is None or self.share is None or self.share >= self.floor_share)
+        fast = self.floor_ratio is None or (self.ratio is not None and self.ratio >= self.floor_ratio)
+        return (
+            self.wrong is None
+            and fast
+            and (self.floor_share is None or self.share is None or self.share >= self.floor_share)
+        )
 
 
 @dataclass
@@ -139,6 +153,16 @@ class Results:
         """The seeds asked for, or those found where the run does not say."""
         asked = self.settings.get("seeds")
         return list(asked) if asked else sorted({seed for row in self.rows for seed in row.text})
+
+    @property
+    def timing(self) -> float:
+        """The part of a time that may be noise: what repeated timings of the kernels showed, where that is more."""
+        return max([SMALLEST_TIMING, *([median(k.spread for k in self.kernels)] if self.kernels else [])])
+
+    @property
+    def others(self) -> float:
+        """Cores that other programs kept busy while the kernels were timed."""
+        return median(kernel.others for kernel in self.kernels) if self.kernels else 0.0
 
     def places(self, task: str) -> list[Place]:
         """Every place at which ``task`` was measured, the easiest first."""
@@ -249,10 +273,13 @@ def _kernel(line: Line) -> Kernel:
         work=str(line["work"]),
         ours_ms=float(line["ours_ms"]),
         sdpa_ms=float(line["sdpa_ms"]),
-        ratio=float(line["ratio"]),
+        ratio=_finite(line["ratio"]),
         share=_finite(line["share"]),
         floor_ratio=_finite(line.get("floor_ratio")),
         floor_share=_finite(line.get("floor_share")),
+        spread=float(line.get("spread") or 0),
+        others=float(line.get("others") or 0),
+        wrong=line.get("wrong"),
     )
 
 

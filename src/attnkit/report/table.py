@@ -14,7 +14,6 @@ from rich.text import Text
 
 from attnkit.report import units
 from attnkit.report.measures import Measure, backends, columns, token_bytes
-from attnkit.report.noise import TIMING
 from attnkit.report.results import Line, Picture, Results, joined, read
 
 _MARKS = {"best": ("*", "bold green"), "tied": ("≈", "green"), "": (" ", "")}
@@ -71,7 +70,7 @@ def legend(results: Results) -> str:
     if tasks:
         margins.append(f"{units.rounded(100 * max(m.margin for m in tasks), 2)} points of accuracy")
     if cost:
-        margins.append(f"{units.percent(TIMING)} of a time")
+        margins.append(f"{units.percent(results.timing)} of a time")
     return " ".join(
         [
             *(["* is best, beyond the noise."] if "best" in marks else []),
@@ -118,7 +117,7 @@ def kernel_table(lines: Iterable[Line]) -> RenderableType:
             kernel.work,
             units.milliseconds(kernel.ours_ms),
             units.milliseconds(kernel.sdpa_ms),
-            f"{units.rounded(kernel.ratio)}x{_below(kernel.ratio, kernel.floor_ratio)}",
+            f"{units.rounded(kernel.ratio)}x{_below(kernel.ratio, kernel.floor_ratio)}" if kernel.ratio else "wrong ",
             "–" if kernel.share is None else f"{units.percent(kernel.share)}{_below(kernel.share, kernel.floor_share)}",
         )
         grid.add_row(*(Text(cell, style) for cell in cells))
@@ -126,6 +125,7 @@ def kernel_table(lines: Iterable[Line]) -> RenderableType:
     missed = any(not kernel.meets_floors for kernel in results.kernels)
     if missed:
         notes.append(Text("! below the floor that attnkit sets itself", style="yellow"))
+    notes += [Text(f"{k.id} {k.work} is wrong: {k.wrong}", style="red") for k in results.kernels if k.wrong]
     return Group(*([grid] if results.kernels else []), *(Padding(note, (0, 1)) for note in notes))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from attnkit.bench import QUIET
 from attnkit.report import units
 from attnkit.report.measures import (
     LEARNED,
@@ -19,14 +20,10 @@ from attnkit.report.measures import (
     decode_time,
     hardest,
 )
-from attnkit.report.noise import TIMING
 from attnkit.report.results import TASKS, Line, Place, Results, Row, joined, read
-from attnkit.report.table import limits
 
 _TASK_NAMES = {"recall": "recall", "copy": "copying", "needle": "needle retrieval"}
 _PARTS = _TASK_NAMES | {"text": "training on the text", "speed": "timing"}
-# Growth that two timings, each off by the noise in the worse direction, could show by themselves.
-_FLAT = (1 + TIMING) / (1 - TIMING)
 
 
 def paragraphs(lines: Iterable[Line]) -> list[str]:
@@ -246,14 +243,16 @@ def _on_decoding(results: Results) -> str | None:
     short, long = common[0], common[-1]
     said = []
     if short < long:
+        # What two times, each off by the noise in the worse direction, could show by themselves.
+        still = (1 + results.timing) / max(0.1, 1 - results.timing)
         growth = {row.id: decode[long] / decode[short] for row, decode in timed}
-        growing = sorted((row for row, _ in timed if growth[row.id] > _FLAT), key=lambda row: -growth[row.id])
-        flat = [row for row, _ in timed if growth[row.id] <= _FLAT]
+        growing = sorted((row for row, _ in timed if growth[row.id] > still), key=lambda row: -growth[row.id])
+        flat = [row for row, _ in timed if growth[row.id] <= still]
         span = f"from {short} to {long} tokens of context"
         if growing:
             times = joined([f"{row.label} {units.rounded(growth[row.id], 2)}" for row in growing])
             said.append(f"The time of a decoded token grows {span} by these factors: {times}.")
-            fixed = "; their caches hold a fixed number of keys" if all(_fixed(row) for row in flat) else ""
+            fixed = ", where the cache holds a fixed number of keys" if all(_fixed(row) for row in flat) else ""
             said += [f"It does not grow beyond the noise for {_labels(flat)}{fixed}."] if flat else []
         else:
             said.append(f"The time of a decoded token does not grow beyond the noise {span}, whatever the row.")
@@ -276,24 +275,30 @@ def _on_decoding(results: Results) -> str | None:
 
 
 def _on_kernels(results: Results) -> str | None:
+    ratios = [kernel.ratio for kernel in results.kernels if kernel.ratio is not None]
+    shares = [kernel.share for kernel in results.kernels if kernel.share is not None]
     said = []
-    if results.kernels:
-        ratios = [kernel.ratio for kernel in results.kernels]
-        shares = [kernel.share for kernel in results.kernels if kernel.share is not None]
-        faster = [kernel for kernel in results.kernels if kernel.ratio > 1 + TIMING]
+    if ratios:
         span = _span([units.rounded(f(ratios), 2) for f in (min, max)])
         reached = _span([units.points(f(shares)) for f in (min, max)]) if shares else ""
         share = f" and reach {reached} % of the limit that binds them" if shares else ""
         said.append(f"The native kernels are {span} times as fast as torch's{share}.")
-        slow = [f"{kernel.id} {kernel.work}" for kernel in results.kernels if kernel not in faster]
-        if slow:
-            said.append(f"Not faster than torch beyond the noise: {joined(slow)}.")
-        missed = [f"{kernel.id} {kernel.work}" for kernel in results.kernels if not kernel.meets_floors]
-        if missed:
-            said.append(f"Below the floor that attnkit sets itself: {joined(missed)}.")
-    measured = limits(results)
-    if measured:
-        said.append(f"This machine's limits, measured in the same run: {'; '.join(measured)}.")
+    slow = [k for k in results.kernels if k.ratio is not None and k.ratio <= 1 + results.timing]
+    missed = [k for k in results.kernels if not k.meets_floors and k.wrong is None]
+    wrong = [k for k in results.kernels if k.wrong is not None]
+    for kernels, what in (
+        (slow, "Not faster than torch beyond the noise"),
+        (missed, "Below the floors that attnkit sets itself"),
+        (wrong, "Wrong in its result, and so without a speed"),
+    ):
+        if kernels:
+            named = joined([f"{kernel.id} {kernel.work}" for kernel in kernels])
+            said.append(f"{what}: {named if len(kernels) < len(results.kernels) else 'every kernel'}.")
+    if results.others > QUIET:
+        said.append(
+            f"Other programs kept {units.rounded(results.others, 2)} cores of this machine busy meanwhile: on a quiet "
+            "machine times are better, and may order the rows differently."
+        )
     return " ".join(said) or None
 
 
