@@ -8,11 +8,11 @@
 
 from __future__ import annotations
 
-from attnkit.bench.cases import Case, cases
-from attnkit.bench.limits import Limits, limits
-from attnkit.bench.machine import PACKAGE, QUIET, checkout, commit, cores, cpu_model, machine, provenance
-from attnkit.bench.measure import Result, measure, rows, run
+from attnkit.bench.host import PACKAGE, QUIET, checkout, commit, cores, cpu_model, machine, provenance
+from attnkit.bench.probes import Limits, limits
 from attnkit.bench.results import Line, read, unfinished, written
+from attnkit.bench.sizes import Case, cases
+from attnkit.bench.timing import Result, measure, rows, run
 
 __all__ = [
     "PACKAGE",

@@ -103,7 +103,7 @@ def sentence(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "this needs more memory than there is: choose smaller sizes"
     head, *rest = str(error).splitlines() or [type(error).__name__]
-    return f"{head}: {'; '.join(line.strip() for line in rest)}" if rest else head
+    return f"{head.rstrip(':')}: {'; '.join(line.strip() for line in rest)}" if rest else head
 
 
 def _drop_output() -> None:

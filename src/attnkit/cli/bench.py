@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from attnkit import bench
 from attnkit.bench import Case, Line
@@ -55,7 +55,7 @@ def verb(
         chosen = bench.cases(ids, quick)
         path = _default_path() if out is None and not quick and not ids else out
         with _threads(threads or torch.get_num_threads()):
-            lines = _measure(chosen, {"only": ids, "quick": quick, "flex": flex}, path)
+            lines = _measure(chosen, path, flex=flex)
     if json:
         for line in lines:
             print(jsonlib.dumps(line, ensure_ascii=False))
@@ -84,23 +84,30 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _measure(chosen: tuple[Case, ...], settings: Line, path: Path | None) -> list[Line]:
+def _measure(chosen: tuple[Case, ...], path: Path | None, *, flex: bool) -> list[Line]:
     """The lines of a run, each in the file as soon as it is there."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+        TimeRemainingColumn(),
+    )
+    screen = console(stderr=True)
+    progress = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
     lines: list[Line] = []
     try:
-        with bench.written(path) as write, Progress(*columns, console=console(stderr=True), transient=True) as progress:
-            task = progress.add_task("machine limits", total=len(chosen))
-            for line in bench.run(chosen, settings):
+        with bench.written(path) as write, progress:
+            task = progress.add_task("the machine's limits", total=sum(case.expected_seconds for case in chosen))
+            for line in bench.run(chosen, flex=flex):
                 write(line)
                 lines.append(line)
                 done = len(_rows(lines))
-                progress.update(task, completed=done)
-                if done < len(chosen):
+                progress.update(task, completed=sum(case.expected_seconds for case in chosen[:done]))
+                if done < len(chosen) and line["kind"] != "run":
                     progress.update(task, description=f"{chosen[done].id} {chosen[done].work}")
     except KeyboardInterrupt:
-        done = len(_rows(lines))
-        raise StoppedError(f"{done} finished rows are {f'in {bench.unfinished(path)}' if path else 'lost'}") from None
+        kept = f"are in {bench.unfinished(path)}" if path else "were not kept, as no --out names a file"
+        raise StoppedError(f"{len(_rows(lines))} finished rows {kept}") from None
     return lines
 
 

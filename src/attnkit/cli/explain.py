@@ -117,9 +117,11 @@ def _check_volume(s: Sizes) -> None:
 
 def _verdict(spec: Mechanism, call: Call, name: str) -> dict[str, Any]:
     candidate = spec.backend(name)
-    refusals, objections = candidate.rejects(call), candidate.declines(call)
-    verdict = "refuses" if refusals else "only when named" if objections else "can run"
-    return {"name": name, "verdict": verdict, "reasons": [*refusals, *objections]}
+    if refusals := candidate.rejects(call):
+        return {"name": name, "verdict": "refuses", "reasons": list(refusals)}
+    if objections := candidate.declines(call):
+        return {"name": name, "verdict": "only when named", "reasons": list(objections)}
+    return {"name": name, "verdict": "can run", "reasons": []}
 
 
 def _cost(spec: Mechanism, sizes: Sizes, mask: Mask | None, dtype: torch.dtype) -> Cost | None:

@@ -50,7 +50,7 @@ def verb(
         check = f"from attnkit.testing import laws; laws.check({name}.SPEC, 'reference') runs the contract tests"
     files = scaffold(folder, name, package)
     steps = [
-        "reference.py: write the definition in plain torch; it is the answer that everything is measured against",
+        "reference.py: write the definition, in plain torch; it is the answer that everything is measured against",
         "__init__.py: fill in equation, papers, laws and cost; add the arguments your equation needs",
         "page.md: say what it is for and settle what the paper leaves open",
         check,

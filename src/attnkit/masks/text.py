@@ -26,7 +26,7 @@ CONSTRUCTORS: dict[str, Callable[..., Mask]] = {
         masks.window,
     )
 }
-LONGEST = 1000
+LONGEST = 200
 LARGEST = 1 << 30
 
 

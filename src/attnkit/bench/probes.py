@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from attnkit import native
-from attnkit.bench.cases import Limit
+from attnkit.bench.sizes import Limit
 
 # Well past every cache, or what is measured is the cache.
 BUFFER_BYTES = 256 << 20

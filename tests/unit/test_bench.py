@@ -1,0 +1,197 @@
+"""The parts of the bench: sizes and floors, results, limits, who else uses the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from attnkit import bench, native
+from attnkit.bench import host, probes, sizes, timing
+from attnkit.mechanisms.softmax import cpu
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_native = pytest.mark.skipif(not native.STATUS.available, reason=f"no limits: {native.STATUS.reason}")
+RESULT = bench.Result(
+    id="K1",
+    work="prefill",
+    model="a toy",
+    threads=2,
+    rounds=7,
+    others=0.0,
+    spread=0.01,
+    ours_ms=1.0,
+    sdpa_ms=3.0,
+    flex_ms=None,
+    rate=300.0,
+    unit="GFLOP/s",
+    limit=400.0,
+    ratio=3.0,
+    share=0.75,
+    floor_ratio=3.0,
+    floor_share=0.75,
+    wrong=None,
+)
+
+
+def test_the_sizes_beside_the_results_are_those_of_the_package() -> None:
+    assert (ROOT / "benchmarks" / "sizes.toml").read_bytes() == sizes.SIZES.read_bytes()
+
+
+def test_floors() -> None:
+    floors = {(case.id, case.dtype, case.limit, case.floor_ratio) for case in bench.cases()}
+    assert floors == {
+        ("K1", "float32", "fma", 2.2),
+        ("K2", "bfloat16", "dot", 4.0),
+        ("K5", "float32", "read", 3.0),
+        ("K5", "bfloat16", "read", 20.0),
+    }
+    shares = {(case.id, case.floor_share) for case in bench.cases() if case.floor_share is not None}
+    assert shares == {("K1", 0.75), ("K2", 0.65), ("K5", 0.8)}
+
+
+def test_prefill_covers_masks_head_sizes_and_lengths() -> None:
+    for figure in ("K1", "K2"):
+        chosen = bench.cases([figure])
+        for mask in ("causal()", None):
+            for d in (64, 128):
+                assert any(case.mask == mask and case.sizes.d == d for case in chosen)
+        lengths = {case.sizes.n for case in chosen}
+        assert {1024, 2048, 4096, 8192} <= lengths and max(lengths) <= 8192
+        assert all(not case.decodes for case in chosen)
+
+
+def test_decoding_covers_the_lengths_and_judges_the_share_at_one() -> None:
+    chosen = bench.cases(["K5"])
+    assert all(case.decodes and (case.sizes.h, case.sizes.g, case.sizes.d) == (32, 8, 128) for case in chosen)
+    assert {4096, 32768, 65536} <= {case.sizes.n for case in chosen}
+    assert {case.sizes.n for case in chosen if case.floor_share is not None} == {32768}
+
+
+def test_every_size_says_whose_it_is_and_every_figure_has_a_quick_one() -> None:
+    assert all(case.model for case in bench.cases())
+    quick = bench.cases(quick=True)
+    assert {case.id for case in quick} == {case.id for case in bench.cases()}
+    assert sum(case.expected_seconds for case in quick) < 20
+    assert all(case.quick for case in quick) and len(quick) < len(bench.cases())
+
+
+def test_figures_are_chosen_by_name() -> None:
+    assert {case.id for case in bench.cases(["K5", "K1"])} == {"K1", "K5"}
+    with pytest.raises(ValueError, match="no figure 'K3': name some of K1, K2, K5"):
+        bench.cases(["K3"])
+
+
+def test_work_in_words() -> None:
+    words = [case.work for case in bench.cases(quick=True)]
+    assert "prefill causal fp32 h9/3 d64 n2048" in words
+    assert "decode bf16 h32/8 d128 n32768" in words
+    assert len(set(words)) == len(words)
+
+
+def test_costs_are_the_textbook_ones() -> None:
+    for case in bench.cases():
+        s, itemsize = case.sizes, getattr(torch, case.dtype).itemsize
+        pairs = s.m * s.n if case.mask is None or case.decodes else s.n * (s.n + 1) // 2
+        assert case.cost().flops == 4 * s.h * pairs * s.d
+        if case.decodes:
+            assert case.cost().bytes == pytest.approx(2 * s.g * s.n * s.d * itemsize, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "holds"),
+    [
+        ({}, True),
+        ({"ratio": 2.99}, False),
+        ({"share": 0.74}, False),
+        ({"share": 0.1, "floor_share": None}, True),
+        ({"wrong": "off by one", "ratio": None, "share": None}, False),
+    ],
+    ids=["just", "slower", "less of the limit", "share not judged", "wrong"],
+)
+def test_a_row_holds_when_it_is_right_and_no_floor_is_missed(changes: dict[str, Any], holds: bool) -> None:
+    result = dataclasses.replace(RESULT, **changes)
+    assert result.holds is holds
+    assert result.line()["kind"] == "kernel" and result.line()["holds"] is holds
+
+
+def test_lines_are_rounded_to_what_a_noisy_machine_can_say() -> None:
+    line = dataclasses.replace(RESULT, ours_ms=1.23456789, sdpa_ms=12345.6789).line()
+    assert (line["ours_ms"], line["sdpa_ms"]) == (1.235, 12350.0)
+
+
+@needs_native
+def test_the_check_sees_a_kernel_that_is_slightly_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = bench.cases(["K2"], quick=True)[0], bench.cases(["K5"], quick=True)[-1]
+    assert [case.dtype for case in chosen] == ["bfloat16", "bfloat16"]
+    assert all(timing.check(case) is None for case in chosen)
+    right = cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda **call: right(**call | {"scale": call["scale"] * 1.01}))
+    assert all(timing.check(case) is not None for case in chosen)
+
+
+@needs_native
+def test_limits() -> None:
+    found = bench.limits([1])
+    assert set(found.fma_gflops) == set(found.read_gbs) == {1}
+    assert found.fma_gflops[1] > 1 and found.read_gbs[1] > 0.1
+    assert (found.dot_gflops is not None) is (native.get_level() == "v4bf16")
+    line = found.line()
+    assert line["kind"] == "limits" and line["fma_gflops"]["1"] == round(found.fma_gflops[1], 1)
+
+
+@needs_native
+def test_a_level_without_dot_products_is_measured_by_its_multiply_adds() -> None:
+    with native.use_level(native.STATUS.levels[0]):
+        assert bench.limits([1]).dot_gflops is None
+        probe = probes.Probe("dot", 1)
+        probe()
+        assert probe.best > 1
+
+
+def test_a_probe_keeps_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = iter([3.0, 5.0, 4.0])
+    monkeypatch.setattr(native, "fma_gflops", lambda threads, seconds: next(figures))
+    probe = probes.Probe("fma", 1)
+    for _ in range(3):
+        probe()
+    assert probe.best == 5.0
+
+
+def test_our_own_work_is_not_counted_as_that_of_others() -> None:
+    others = host.Others()
+    end = time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        pass
+    busy = others.cores()
+    assert 0 <= busy <= bench.cores() + 0.5
+
+
+def test_others_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([100.0, 107.0])
+    monkeypatch.setattr(host, "_busy_seconds", lambda: next(seconds))
+    clock = iter([0.0, 10.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(time, "process_time", iter([50.0, 52.0]).__next__)
+    assert host.Others().cores() == pytest.approx(0.5)
+
+
+def test_a_system_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(host, "STAT", tmp_path / "none")
+    assert host.Others().cores() == 0
+
+
+def test_the_commit_is_that_of_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = bench.commit()
+    assert found is None or len(found.removesuffix("+")) == 12
+    monkeypatch.setattr(host, "checkout", lambda: None)
+    assert bench.commit() is None
+
+
+def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert bench.commit() is None
