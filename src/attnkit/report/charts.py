@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from attnkit.report import units
-from attnkit.report.measures import bits_per_byte, cache_size
+from attnkit.report.measures import bits_per_byte, cache_context, cache_size
 from attnkit.report.noise import Sample
 from attnkit.report.results import Kernel, Results, Row, joined
 

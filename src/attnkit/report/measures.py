@@ -26,7 +26,7 @@ Mark = Literal["best", "tied", ""]
 
 @dataclass(frozen=True)
 class Measure:
-    """One number for each row that has it: ``samples`` by row id."""
+    """One number for each row that has it: ``samples`` by row id; ``place`` is where a task was measured."""
 
     name: str
     heading: tuple[str, str]
@@ -35,6 +35,7 @@ class Measure:
     noise: Noise
     shown: Callable[[float], str]
     spread_shown: Callable[[float], str] | None = None
+    place: Place | None = None
 
     @property
     def margin(self) -> float:
@@ -90,7 +91,7 @@ def accuracy(results: Results, task: str, place: Place) -> Measure:
     samples = {row.id: Sample(tuple(values)) for row in results.rows if (values := row.accuracies(task, place))}
     noise = over_seeds(samples.values(), smallest=SMALLEST_ACCURACY, assumed=ASSUMED_ACCURACY)
     heading = (f"{task} %", f"{place.length}·{place.pairs}" if place.pairs else f"{place.length}")
-    return Measure(task, heading, "high", samples, noise, units.points, units.points)
+    return Measure(task, heading, "high", samples, noise, units.points, units.points, place)
 
 
 def hardest(results: Results, task: str) -> Measure | None:
@@ -120,11 +121,15 @@ def decode_time(results: Results, context: int) -> Measure:
     )
 
 
+def cache_context(results: Results) -> int:
+    """The tokens of context at which caches were measured."""
+    return max((row.speed.context for row in results.rows if row.speed), default=0)
+
+
 def cache_size(results: Results) -> Measure:
     """Bytes of all caches of the model at the context that was measured."""
     samples = {row.id: Sample((float(row.speed.cache),)) for row in results.rows if row.speed}
-    context = max((row.speed.context for row in results.rows if row.speed), default=0)
-    return Measure("cache", ("cache", f"at {context}"), "low", samples, EXACT, units.size)
+    return Measure("cache", ("cache", f"at {cache_context(results)}"), "low", samples, EXACT, units.size)
 
 
 def columns(results: Results) -> tuple[list[Measure], list[Measure]]:

@@ -69,13 +69,13 @@ def legend(results: Results) -> str:
     margins = [f"{units.bits(m.margin)} bits per byte" for m in quality if m.name == "bits"]
     if tasks:
         margins.append(f"{units.rounded(100 * max(m.margin for m in tasks), 2)} points of accuracy")
-    if cost:
-        margins.append(f"{units.percent(results.timing)} of a time")
+    noise = [f"{joined(margins)} ({'from the seeds' if spread else 'assumed for one seed'})"] if margins else []
+    noise += [f"{units.percent(results.timing)} of a time"] if cost else []
     return " ".join(
         [
             *(["* is best, beyond the noise."] if "best" in marks else []),
             *(["≈ cannot be distinguished from the best."] if "tied" in marks else []),
-            f"The noise {'over seeds' if spread else 'assumed for one seed'}: {joined(margins)}.",
+            f"Noise: {', '.join(noise)}.",
             *(["± is the standard deviation over seeds."] if spread else []),
             *([f"Under {joined([m.name for m in tasks])}: the length measured, then pairs."] if tasks else []),
         ]

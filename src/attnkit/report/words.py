@@ -16,6 +16,7 @@ from attnkit.report.measures import (
     Measure,
     accuracy,
     bits_per_byte,
+    cache_context,
     cache_size,
     decode_time,
     hardest,
@@ -71,7 +72,7 @@ def _conclusion(results: Results) -> str | None:
 
     held = {row.id: cache.samples[row.id].mean for row in rows}
     least, largest = min(held[row.id] for row in good), max(held.values())
-    size = f"{units.size(least)} at {_context(cache)} tokens"
+    size = f"{units.size(least)} at {cache_context(results)} tokens"
     less = f", {units.rounded(largest / least, 2)} times less than the largest" if largest > 1.05 * least else ""
     if len(good) == 1:
         return f"In short: only {good[0].label} is with the best in {judged}. Its cache holds {size}{less}."
@@ -168,9 +169,9 @@ def _quality_for_bytes(results: Results, bits: Measure, cache: Measure) -> list[
 
 def _on_task(results: Results, task: str, explained: set[str]) -> str | None:
     measure = hardest(results, task)
-    if measure is None or len(measure.samples) < 2:
+    if measure is None or measure.place is None or len(measure.samples) < 2:
         return None
-    name, place = _TASK_NAMES[task], _place(results, task, measure)
+    name, place = _TASK_NAMES[task], measure.place
     ranked, leaders = measure.ranked(), measure.leaders()
     best = measure.samples[ranked[0]].mean
     if best < LEARNED:
@@ -328,20 +329,12 @@ def _learned_tasks(results: Results) -> list[Measure]:
     return [measure for measure in found if _top(measure) >= LEARNED]
 
 
-def _place(results: Results, task: str, measure: Measure) -> Place:
-    return next(p for p in results.places(task) if accuracy(results, task, p).heading == measure.heading)
-
-
 def _fixed(row: Row) -> bool:
     return row.speed is not None and not row.speed.token_bytes
 
 
 def _plain(measure: Measure) -> str:
     return "bits per byte" if measure.name == "bits" else _TASK_NAMES[measure.name]
-
-
-def _context(measure: Measure) -> str:
-    return measure.heading[1].removeprefix("at ")
 
 
 def _labels(rows: Iterable[Row]) -> str:
