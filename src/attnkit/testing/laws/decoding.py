@@ -1,0 +1,156 @@
+"""The layer and its state: any way of feeding the tokens gives the rows of feeding them all at once."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkit.spec import LayerPlace, Mechanism
+from attnkit.testing.budgets import assert_within
+from attnkit.testing.laws.base import Refused, assert_same, law
+
+WINDOW = 6
+
+
+def layer(spec: Mechanism, backend: str, rng: random.Random, **settings: Any) -> Any:
+    """A small layer of a random preset that runs on the backend, with every parameter off its neutral start."""
+    preset = rng.choice(spec.presets)
+    place = LayerPlace(width=32, heads=4, window=WINDOW, layer=rng.randrange(2), layers=2)
+    config = preset.configure(place)
+    fields = {field.name for field in dataclasses.fields(config)}
+    settings = {name: value for name, value in {"backend": backend, **settings}.items() if name in fields}
+    torch.manual_seed(rng.randrange(1 << 30))
+    made = spec.layer(dataclasses.replace(config, **settings))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter) * (parameter.dim() == 1))
+    return made.eval()
+
+
+def _forward(made: Any, x: Tensor) -> Tensor:
+    try:
+        with torch.no_grad():
+            y: Tensor = made(x)
+    except NotImplementedError:
+        raise Refused from None
+    return y
+
+
+def _assert_rows(found: Tensor, made: Any, x: Tensor, rows: slice, what: str) -> None:
+    """Rows of a decoding run keep to the budget of the whole sequence in one go."""
+    exact, plain = copy.deepcopy(made).double(), copy.deepcopy(made)
+    for twin in (exact, plain):
+        if hasattr(twin.config, "backend"):
+            twin.config = dataclasses.replace(twin.config, backend="reference")
+    gold, naive = _forward(exact, x.double())[:, rows], _forward(plain, x)[:, rows]
+    assert_within(found.clone(), gold.clone(), naive.clone(), torch.float32, what=what)
+
+
+def _feed(made: Any, x: Tensor, state: Any, sizes: list[int]) -> Tensor:
+    rows = []
+    with torch.no_grad():
+        for part in x.split(sizes, 1):
+            y, state = made.step(part, state)
+            state.check()
+            rows.append(y)
+    return torch.cat(rows, 1)
+
+
+@law(examples=24, promised="step_equals_prefill", layer=True)
+def steps(spec: Mechanism, backend: str, rng: random.Random) -> None:
+    """Token by token, at every position of a run several windows long, gives the rows of one pass."""
+    made = layer(spec, backend, rng)
+    n = rng.choice((WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW + 1))
+    x = torch.randn(2, n, 32)
+    _forward(made, x)
+    found = _feed(made, x, made.state(2, n), [1] * n)
+    _assert_rows(found, made, x, slice(None), "steps")
+
+
+@law(examples=24, promised="step_equals_prefill", layer=True)
+def chunks(spec: Mechanism, backend: str, rng: random.Random) -> None:
+    """Any partition of the sequence into chunks gives the rows of one pass."""
+    made = layer(spec, backend, rng)
+    n = rng.choice((2, 3 * WINDOW + 2, 40))
+    x = torch.randn(1, n, 32)
+    whole = _forward(made, x)
+    cuts = sorted({rng.randint(1, n) for _ in range(rng.randint(1, 5))} | {n})
+    sizes = [end - start for start, end in zip([0, *cuts], cuts, strict=False)]
+    found = _feed(made, x, made.state(1, n + rng.randint(0, 5)), sizes)
+    _assert_rows(found, made, x, slice(None), f"chunks of {sizes}")
+    _assert_rows(whole, made, x, slice(None), "one pass")
+
+
+@law(examples=16, promised="step_equals_prefill", layer=True)
+def forks_and_crops(spec: Mechanism, backend: str, rng: random.Random) -> None:
+    """A fork and its origin go their own ways; cropped tokens leave no trace; selected rows are those rows."""
+    made = layer(spec, backend, rng)
+    n, wrong = 3 * WINDOW + 1, rng.randint(1, 3)
+    x, junk = torch.randn(2, n, 32), torch.randn(2, wrong, 32)
+    _forward(made, x)
+    split = rng.randint(1, n - 1)
+    state = made.state(2, n + wrong)
+    _feed(made, x[:, :split], state, [split])
+    fork = state.fork()
+    _feed(made, junk, fork, [wrong])
+    try:
+        fork.crop(split)
+    except ValueError:  # refused in words: the ring has overwritten what would be visible
+        fork = state.fork()
+    rest = [1] * (n - split)
+    first = _feed(made, x[:, split:], fork, rest)
+    _assert_rows(first, made, x, slice(split, None), "after a crop")
+    flipped = state.select(torch.tensor([1, 0]))
+    assert_same(_feed(made, x[:, split:].flip(0), flipped, rest), first.flip(0), "selected rows")
+    assert_same(_feed(made, x[:, split:], state, rest), first, "the origin of a fork")
+
+
+@law(examples=8, promised="causal", layer=True)
+def layer_causality(spec: Mechanism, backend: str, rng: random.Random) -> None:
+    """Later tokens change no bit of the layer's earlier outputs."""
+    made = layer(spec, backend, rng)
+    x = torch.randn(2, 20, 32)
+    cut = rng.randint(1, 19)
+    before = _forward(made, x)[:, :cut]
+    changed = x.clone()
+    changed[:, cut:] = 100
+    assert_same(_forward(made, changed)[:, :cut], before, f"tokens after {cut}")
+
+
+@law(examples=6, layer=True)
+def evaluation_has_no_dropout(spec: Mechanism, backend: str, rng: random.Random) -> None:
+    """``eval()`` turns dropout off and repeats itself; ``train()`` turns it on, replayable from torch's seed."""
+    made = layer(spec, backend, rng, dropout=0.5)
+    if not getattr(made.config, "dropout", 0.0):
+        raise Refused
+    x = torch.randn(1, 12, 32)
+    calm = _forward(made, x)
+    assert_same(_forward(made, x), calm, "a second evaluation")
+    still = copy.deepcopy(made)
+    still.config = dataclasses.replace(made.config, dropout=0.0)
+    _assert_rows(calm, still, x, slice(None), "evaluation")
+    made.train()
+    try:
+        torch.manual_seed(5)
+        first = _forward(made, x)
+    except Refused:
+        return  # the backend has no dropout, and says so
+    assert not torch.equal(first, calm), "training with dropout equals evaluation"
+    torch.manual_seed(5)
+    assert_same(_forward(made, x), first, "a replay of the seed")
+    assert not torch.equal(_forward(made, x), first), "two training passes drop the same weights"
+
+
+@law(examples=12, promised="stateful", layer=True)
+def predicted_bytes(spec: Mechanism, backend: str, rng: random.Random) -> None:
+    """The bytes that ``cost`` predicts for decoding are the bytes that the state allocates."""
+    made = layer(spec, backend, rng)
+    for capacity in (1, WINDOW - 1, WINDOW, WINDOW + 4, 100):
+        allocated = made.state(1, capacity).nbytes
+        predicted = made.cost(1, capacity).state_bytes(capacity)
+        assert predicted == allocated, f"{capacity} tokens: {predicted} bytes predicted, {allocated} allocated"
