@@ -91,6 +91,8 @@ def _score_rule(m: int, n: int, bias: Tensor | None, alibi: Tensor | None, softc
 def _run(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Any:
     from torch.nn.attention.flex_attention import flex_attention  # slow to import, and few calls come here
 
+    if q.device.type == "cpu":
+        q, k, v = q.detach(), k.detach(), v.detach()  # it refuses what requires grad, even when none is recorded
     if torch.compiler.is_compiling():
         return flex_attention(q, k, v, **arguments)
     # Past Dynamo's recompile limit FlexAttention would run unfused, ten times slower, without a word.
