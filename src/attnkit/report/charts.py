@@ -134,9 +134,7 @@ def _quality(results: Results) -> Figure | None:
     }
     if not points:
         return None
-    x = replace(
-        _log_axis("cache of the model, bytes, at " + cache.heading[1].removeprefix("at ") + " tokens", _xs(points))
-    )
+    x = _log_axis(f"cache of the model, bytes, at {cache_context(results)} tokens", _xs(points))
     x = replace(x, ticks=_powers(x, 4.0), label=_BYTES)
     y = _linear_axis("bits per byte of unseen text", points, margin=0.12)
     spread = "Bars: one standard deviation over seeds. " if bits.noise.spread is not None else ""
