@@ -17,18 +17,19 @@ from attnkit.compare.corpus import Corpus
 from attnkit.compare.display import Display, Job
 from attnkit.compare.measure import SpeedPlan
 from attnkit.compare.options import CompareOptions
-from attnkit.compare.setups import Setup
+from attnkit.compare.setups import Setup, Shape
 from attnkit.compare.store import FORMAT, REPORT, Line, Store
 from attnkit.compare.trainings import Training
 from attnkit.compare.words import words
 from attnkit.masks import Mask
 from attnkit.spec import LayerPlace
 
-# Seconds that parts took on two cores of a Zen 5, and tokens a second of one training: they only weigh the parts
-# against each other for the time left.
-LIMITS, KERNEL_SECONDS, SPEED_SECONDS = Job("limits of this machine", 1.0), 2.5, 1.5
-TOKENS_PER_SECOND = {"text": 18_000, "task": 60_000}
-MASK_CELLS = 32
+# What parts took on two cores of a Zen 5; it only weighs them against each other for the time left.
+LIMITS = Job("limits of this machine", 1.0)
+KERNEL_SECONDS, SPEED_SECONDS = 2.5, 1.5
+MASK_CELLS = 24
+WIDTH = 160
+"""Columns where there is no terminal to ask."""
 
 
 def run(options: CompareOptions) -> None:
@@ -37,8 +38,11 @@ def run(options: CompareOptions) -> None:
     Raises ``ValueError`` or ``OSError`` with one sentence for bad options, texts and folders. On Ctrl-C or a kill every
     finished line is on disk, and the same options with ``resume`` go on.
     """
-    if find_spec("altair") is None:  # now, and not after minutes of work
-        raise ModuleNotFoundError("the report needs altair, which is not installed: pip install 'attnkit[compare]'")
+    for package in ("altair", "vl_convert"):
+        if find_spec(package) is None:  # said now, and not after minutes of work
+            raise ModuleNotFoundError(
+                f"the report draws with {package}, which is not installed: pip install 'attnkit[compare]'"
+            )
     if options.quick:
         run_setup(options, setups.quick(), measure.QUICK)
     else:
@@ -47,9 +51,10 @@ def run(options: CompareOptions) -> None:
 
 def run_setup(options: CompareOptions, setup: Setup, plan: SpeedPlan) -> None:
     """``run`` with any set-up: tests have one of seconds."""
-    text = corpus.load(
-        options.text or None, tokenizer=options.tokenizer or setup.text.tokenizer, vocab=setup.text.vocab
-    )
+    console = _console(options.json)
+    tokenizer = options.tokenizer or setup.text.tokenizer
+    with console.status("reading the text"):
+        text = corpus.load(options.text or None, tokenizer=tokenizer, vocab=setup.text.vocab)
     settings = {
         "quick": options.quick,
         "text": text.name,
@@ -62,7 +67,7 @@ def run_setup(options: CompareOptions, setup: Setup, plan: SpeedPlan) -> None:
     }
     results = Store(options.out, bench.provenance(settings) | {"format": FORMAT}, resume=options.resume)
     try:
-        _Run(options, setup, plan, text, results).everything()
+        _Run(options, setup, plan, text, results, console).everything()
     finally:
         results.close()
 
@@ -70,9 +75,17 @@ def run_setup(options: CompareOptions, setup: Setup, plan: SpeedPlan) -> None:
 class _Run:
     """One run over ``results``: every part skips what is there already."""
 
-    def __init__(self, options: CompareOptions, setup: Setup, plan: SpeedPlan, text: Corpus, results: Store) -> None:
-        self.options, self.setup, self.plan, self.text, self.results = options, setup, plan, text, results
-        self.console = Console(stderr=options.json, highlight=False, width=None if sys.stdout.isatty() else 160)
+    def __init__(
+        self,
+        options: CompareOptions,
+        setup: Setup,
+        plan: SpeedPlan,
+        text: Corpus,
+        results: Store,
+        console: Console,
+    ) -> None:
+        self.options, self.setup, self.plan, self.text = options, setup, plan, text
+        self.results, self.console = results, console
         self.processes = min(torch.get_num_threads(), workers.MOST)
         # Without the native library there is neither a limit to reach nor a kernel to time.
         self.wants_limits = native.STATUS.available and {"kind": "limits"} not in results
@@ -115,6 +128,7 @@ class _Run:
     def _draw_masks(self) -> None:
         """The masks that the text is learned with, one picture for each kind of layer."""
         shape = self.setup.text.shape
+        length = 3 * shape.window
         lines = []
         for row in self.options.rows:
             masks: dict[Mask, str] = {}
@@ -126,9 +140,7 @@ class _Run:
             for mask, title in masks.items():
                 about = {"kind": "mask", "row": row.name, "title": title}
                 if about not in self.results:
-                    lines.append(
-                        about | {"n": 4 * shape.window, "picture": mask.draw(4 * shape.window, cells=MASK_CELLS)}
-                    )
+                    lines.append(about | {"n": length, "picture": mask.draw(length, cells=MASK_CELLS)})
         self._keep(lines)
         if lines:
             self._show(report.pictures(lines))
@@ -176,7 +188,7 @@ class _Run:
 
     def _training_job(self, training: Training) -> Job:
         setup = self.setup.text if training.kind == "text" else self.setup.tasks
-        seconds = setup.training.tokens / TOKENS_PER_SECOND[training.kind] / self.processes
+        seconds = _training_seconds(setup.shape, setup.training.tokens) / self.processes
         return Job(
             f"{training.row} learns {'the text' if training.kind == 'text' else 'tasks'}, seed {training.seed}", seconds
         )
@@ -196,5 +208,18 @@ class _Run:
             self.console.print(what)
 
 
+def _console(json: bool) -> Console:
+    """Where people look; plain lines on standard error for those who asked for JSON."""
+    if json:
+        return Console(stderr=True, highlight=False, force_terminal=False, width=WIDTH)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+
+
 def _kernel_job(case: bench.Case) -> Job:
     return Job(f"{case.id} {case.work}", KERNEL_SECONDS)
+
+
+def _training_seconds(shape: Shape, tokens: int) -> float:
+    """On one core; a token costs as much as its share of the parameters, and something for the rest."""
+    weights = shape.layers * shape.width * (4 * shape.width + 3 * shape.hidden)
+    return tokens * (weights + 1e6) / 3.5e10
