@@ -13,6 +13,7 @@ import attnkit
 from attnkit import bench, native
 from attnkit.bench import probes, timing
 from attnkit.cli.bench import _default_path
+from attnkit.cli.output import console
 from attnkit.mechanisms.softmax import cpu
 from attnkit.spec import Sizes
 
@@ -99,6 +100,27 @@ def test_where_a_whole_run_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert path.parent == Path("top/benchmarks/results") and path.name.endswith(f"-{native.get_level()}.jsonl")
     monkeypatch.setattr(bench, "checkout", lambda: None)
     assert _default_path() == Path("attnkit-bench.jsonl")
+
+
+def test_a_busy_machine_is_told(run: Any, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    run("bench", "--threads", "2", "--out", path)
+    lines = [line | ({"others": 1.26} if line["kind"] == "kernel" else {}) for line in read(path)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "kept up to 1.3 cores busy" in run("bench", "--show", path).out
+    quiet = [line | ({"others": 0.01} if line["kind"] == "kernel" else {}) for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in quiet))
+    assert "cores busy" not in run("bench", "--show", path).out
+
+
+def test_a_narrow_terminal_leaves_out_what_it_can(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.jsonl"
+    wide = run("bench", "--out", path).out
+    monkeypatch.setattr("attnkit.cli.bench.console", lambda **options: console(width=80))
+    narrow = run("bench", "--show", path).out
+    assert "a toy" in wide and "a toy" not in narrow
+    assert "x torch" in wide and "x torch" in narrow
+    assert max(map(len, narrow.splitlines())) <= 80
 
 
 def test_a_missed_floor_fails_only_when_asked(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

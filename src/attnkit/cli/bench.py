@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
@@ -18,8 +18,38 @@ from attnkit import bench
 from attnkit.bench import Case, Line
 from attnkit.cli.output import Json, StoppedError, console, table
 
-# From this width on the table has room to say whose layer a row is; the file always says it.
-WIDE = 140
+
+class Column(NamedTuple):
+    """A column of the table; ``style`` empty takes that of the verdict, narrow terminals leave out what they can."""
+
+    title: str
+    style: str
+    cell: Callable[[Line], str]
+    from_width: int = 0
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+COLUMNS = (
+    Column("", "default", lambda line: line["id"]),
+    Column("work", "default", lambda line: line["work"]),
+    Column("layer of", "default", lambda line: line["model"], from_width=140),
+    Column("ours", "default", lambda line: _milliseconds(line["ours_ms"])),
+    Column("torch", "default", lambda line: _milliseconds(line["sdpa_ms"])),
+    Column("x torch", "", lambda line: "" if line["ratio"] is None else f"{line['ratio']:.2f}"),
+    Column("floor", "dim", lambda line: f"{line['floor_ratio']:g}", from_width=110),
+    Column("reached", "default", lambda line: f"{line['rate']:.3g} {line['unit']}", from_width=110),
+    Column("of limit", "", lambda line: _percent(line["share"])),
+    Column("floor", "dim", lambda line: _percent(line["floor_share"]), from_width=110),
+    Column("", "", lambda line: "wrong" if line["wrong"] else "holds" if line["holds"] else "missed"),
+)
+NUMBERS = ("ours", "torch", "x torch", "floor", "reached", "of limit")
 
 
 def verb(
@@ -36,7 +66,8 @@ def verb(
 
     Every row times ours, torch's SDPA and the machine's limit in turn, at least seven times, after checking our result
     against the definition: a wrong result gets no speed. "x torch" is torch's time over ours, "of limit" our part of
-    the limit: arithmetic for prefill, reading memory for decoding. Times are medians; a limit is the best seen.
+    the limit: arithmetic for prefill, reading memory for decoding. Times are medians; a limit is the best seen. With
+    one thread the clock counts processor time, which other programs on a busy machine disturb less.
 
     A whole run is kept in benchmarks/results/DATE-LEVEL.jsonl in a source checkout, in attnkit-bench.jsonl elsewhere.
     With --quick or --only nothing is kept unless --out names a file. --json prints the same lines.
@@ -121,24 +152,11 @@ def _show(out: Console, lines: list[Line]) -> None:
     for sentence in _limits(by_kind["limits"]):
         out.print(sentence, markup=False)
     out.print()
-    wide = out.width >= WIDE
-    numbers = ("ours", "torch", "x torch", "floor", "reached", "of limit", "floor")
-    rows = table("", "work", *(["layer of"] if wide else []), *numbers, "", right=numbers)
+    shown = [column for column in COLUMNS if out.width >= column.from_width]
+    rows = table(*(column.title for column in shown), right=NUMBERS)
     for line in _rows(lines):
         style = "green" if line["holds"] else "red"
-        rows.add_row(
-            line["id"],
-            line["work"],
-            *([line["model"]] if wide else []),
-            _milliseconds(line["ours_ms"]),
-            _milliseconds(line["sdpa_ms"]),
-            "" if line["ratio"] is None else f"[{style}]{line['ratio']:.2f}[/]",
-            f"[dim]{line['floor_ratio']:g}[/]",
-            f"{line['rate']:.3g} {line['unit']}",
-            "" if line["share"] is None else f"[{style}]{line['share']:.0%}[/]",
-            "" if line["floor_share"] is None else f"[dim]{line['floor_share']:.0%}[/]",
-            f"[{style}]{'wrong' if line['wrong'] else 'holds' if line['holds'] else 'missed'}[/]",
-        )
+        rows.add_row(*(f"[{column.style or style}]{column.cell(line)}[/]" for column in shown))
     out.print(rows)
     out.print()
     for sentence in _conclusions(_rows(lines)):
@@ -176,11 +194,5 @@ def _conclusions(rows: list[Line]) -> Iterator[str]:
             yield f"{line['id']} {line['work']}: FlexAttention took {_milliseconds(line['flex_ms'])}"
     taken = max((line["others"] for line in rows), default=0)
     if taken > bench.QUIET:
-        yield (
-            f"Other programs kept up to {taken:.1f} cores busy meanwhile, which lowers these figures: measure again "
-            "on an idle machine."
-        )
-
-
-def _milliseconds(value: float) -> str:
-    return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
+        cure = "on an idle machine" if rows[0]["threads"] == 1 else "on an idle machine or with --threads 1"
+        yield f"Other programs kept up to {taken:.1f} cores busy meanwhile, which lowers figures: measure again {cure}."

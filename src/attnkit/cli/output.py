@@ -17,10 +17,14 @@ class StoppedError(Exception):
     """Ctrl-C in a verb that keeps something; the text says what is kept."""
 
 
-def console(*, stderr: bool = False) -> Console:
-    """A console that never wraps what goes into a file or a pipe."""
+# Wide enough that no table wraps in a file or a pipe.
+PIPE_WIDTH = 160
+
+
+def console(*, stderr: bool = False, width: int | None = None) -> Console:
+    """A console as wide as the terminal, or as ``PIPE_WIDTH`` where there is none."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 160)
+    return Console(stderr=stderr, highlight=False, width=width or (None if stream.isatty() else PIPE_WIDTH))
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
