@@ -32,13 +32,17 @@ class Sizes:
 
 @dataclass(frozen=True)
 class LayerPlace:
-    """Where a layer stands in a model: its width and heads, its place in the stack, the model's local window."""
+    """Where a layer stands in a model: its width and heads, its place in the stack, what the whole model is like.
+
+    ``window`` is what local layers see. ``qk_norm`` asks layers that can to normalise queries and keys.
+    """
 
     width: int
     heads: int
     window: int = 128
     layer: int = 0
     layers: int = 1
+    qk_norm: bool = False
 
 
 @dataclass(frozen=True)

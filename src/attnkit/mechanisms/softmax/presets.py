@@ -11,7 +11,7 @@ from attnkit.spec import LayerPlace, Preset
 
 
 def _config(place: LayerPlace, **settings: Any) -> SoftmaxConfig:
-    return SoftmaxConfig(place.width, place.heads, **settings)
+    return SoftmaxConfig(place.width, place.heads, **{"qk_norm": place.qk_norm} | settings)
 
 
 def _rotary(place: LayerPlace, **settings: Any) -> SoftmaxConfig:

@@ -1,0 +1,1 @@
+"""Small language models that differ only in the attention layer put into them."""

@@ -1,0 +1,193 @@
+"""A small decoder with the mixer injected, so that models can differ in the mixer and in nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Mixer = Callable[[int], nn.Module]
+"""Makes the mixer of layer ``i``: a module with ``forward(x)``, ``step(x, state)`` and ``state(batch, capacity)``."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder; ``hidden`` is the feed-forward width, 8/3 of ``width`` when None, as in Llama."""
+
+    vocab: int
+    width: int
+    layers: int
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab", "width", "layers", "hidden"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"DecoderConfig: {name} is {size}, expected at least 1")
+
+    @property
+    def feed_forward(self) -> int:
+        return round(self.width * 8 / 3) if self.hidden is None else self.hidden
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))`` (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        y: Tensor = self.down(F.silu(gate) * up)
+        return y
+
+
+class Block(nn.Module):
+    """Pre-norm: the mixer, then the feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.mixer: Any = mixer
+        self.feed_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.feed = FeedForward(config.width, config.feed_forward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixer(self.mixer_norm(x))
+        y: Tensor = x + self.feed(self.feed_norm(x))
+        return y
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        mixed, state = self.mixer.step(self.mixer_norm(x), state)
+        x = x + mixed
+        return x + self.feed(self.feed_norm(x)), state
+
+
+class Decoder(nn.Module):
+    """RMSNorm, the injected mixer, SwiGLU, and one table for embedding and output; positions are the mixer's business.
+
+    Weights start so that any width and depth behaves alike. Embeddings are N(0, 1/width) and are multiplied by
+    ``sqrt(width)`` on the way in (as in Gemma): the residual stream starts with unit variance, and so do the logits.
+    With the usual small embeddings, a mixer's first updates drown the tokens in the stream and recall is not learned
+    (measured: see ``docs/notes/training.md``). ``gate_up`` is N(0, 1/width). What writes to the stream, ``down`` and a
+    mixer's output projection, by convention its linear map ``o``, is 0, so that every layer starts as the identity; the
+    rest of a mixer starts as it was made.
+    """
+
+    def __init__(self, config: DecoderConfig, mixer: Mixer) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab, config.width)
+        blocks = [Block(config, mixer(layer)) for layer in range(config.layers)]
+        self.layers = cast("Sequence[Block]", nn.ModuleList(blocks))
+        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
+        for block in self.layers:
+            nn.init.normal_(block.feed.gate_up.weight, std=config.width**-0.5)
+            nn.init.zeros_(block.feed.down.weight)
+            if isinstance(getattr(block.mixer, "o", None), nn.Linear):
+                nn.init.zeros_(block.mixer.o.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``(b, n, vocab)`` of what follows each of ``tokens`` ``(b, n)`` int64."""
+        x = self._embed(tokens)
+        for block in self.layers:
+            x = block(x)
+        return self._logits(x)
+
+    def states(self, batch: int, capacity: int) -> list[Any]:
+        """One empty decoding state a layer, for ``batch`` sequences of up to ``capacity`` tokens."""
+        weight = self.embedding.weight
+        return [block.mixer.state(batch, capacity, dtype=weight.dtype, device=weight.device) for block in self.layers]
+
+    def step(self, tokens: Tensor, states: list[Any]) -> tuple[Tensor, list[Any]]:
+        """Feed the next tokens ``(b, m)``; their logits ``(b, m, vocab)`` and the states after them."""
+        x = self._embed(tokens)
+        after = []
+        for block, state in zip(self.layers, states, strict=True):
+            x, state = block.step(x, state)
+            after.append(state)
+        return self._logits(x), after
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        count: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        cache: bool = True,
+    ) -> Tensor:
+        """Continue ``tokens`` ``(b, n)`` by ``count`` tokens: ``(b, n + count)``.
+
+        ``temperature`` 0 takes the likeliest token; otherwise tokens are drawn with ``seed``, among the ``top_k``
+        likeliest when given. ``cache=False`` computes the whole sequence anew for every token, with the same result.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] < 1:
+            raise ValueError(f"generate: tokens has shape {tuple(tokens.shape)}, expected (b, n) with at least 1 token")
+        if count < 0:
+            raise ValueError(f"generate: count is {count}, expected at least 0")
+        if temperature < 0:
+            raise ValueError(f"generate: temperature is {temperature}, expected at least 0")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"generate: top_k is {top_k}, expected at least 1 or None")
+        generator = torch.Generator().manual_seed(seed)
+        was_training = self.training
+        self.eval()
+        states = self.states(tokens.shape[0], tokens.shape[1] + count) if cache else []
+        fresh = tokens
+        for _ in range(count):
+            if cache:
+                logits, states = self.step(fresh, states)
+            else:
+                logits = self(tokens)
+            fresh = _choose(logits[:, -1].float().cpu(), temperature, top_k, generator)[:, None].to(tokens.device)
+            tokens = torch.cat([tokens, fresh], 1)
+        self.train(was_training)
+        return tokens
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.embedding(tokens) * self.config.width**0.5
+        return x
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(self.norm(x), self.embedding.weight)
+
+
+def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
+    """The next token ``(b,)`` for ``logits`` ``(b, vocab)``."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+
+
+def parameters(model: nn.Module) -> int:
+    """Numbers that training adjusts."""
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+def match_parameters(config: DecoderConfig, mixer: Mixer, target: int) -> DecoderConfig:
+    """``config`` with the feed-forward width that brings a decoder with ``mixer`` closest to ``target`` parameters.
+
+    Raises ``ValueError`` when the nearest one is more than 0.5 % off.
+    """
+    without = parameters(Decoder(replace(config, hidden=1), mixer))
+    unit = 3 * config.width * config.layers
+    hidden = max(1, 1 + round((target - without) / unit))
+    total = without + (hidden - 1) * unit
+    if abs(total - target) > 0.005 * target:
+        raise ValueError(
+            f"match_parameters: the nearest decoder has {total} parameters (feed-forward width {hidden}), "
+            f"expected within 0.5 % of {target}: make the mixer smaller or the decoder wider"
+        )
+    return replace(config, hidden=hidden)
