@@ -204,10 +204,11 @@ def test_a_read_only_folder(run: Any, tmp_path: Path) -> None:
         ('{"kind": "limits"}\n', "does not start with a run"),
         ('{"kind": "run", "format": 1}\n{"kind": "lim', "line 2 is no JSON"),
         ("[]\n", "line 1 has no kind"),
+        ('{"kind": "run", "format": 1}\n', "no measured kernels"),
         ("", "does not start with a run"),
         ("\x00\x01", "is no JSON"),
     ],
-    ids=["another version", "no version", "no head", "cut off", "no line", "empty", "binary"],
+    ids=["another version", "no version", "no head", "cut off", "no line", "no rows", "empty", "binary"],
 )
 def test_a_file_that_is_no_results_file(run: Any, tmp_path: Path, text: str, named: str) -> None:
     path = tmp_path / "r.jsonl"

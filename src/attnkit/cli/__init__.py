@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StoppedError as stop:
         print(f"attnkit: stopped, {stop}", file=sys.stderr)
         return 130
-    except (TyperException, ValueError, TypeError, NotImplementedError, OSError, MemoryError) as error:
+    except (TyperException, ValueError, TypeError, NotImplementedError, OSError, ImportError, MemoryError) as error:
         if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
             _drop_output()
         if isinstance(error, BrokenPipeError):  # `attnkit list | head` is no error

@@ -81,6 +81,8 @@ def verb(
     path = None
     if show is not None:
         lines = bench.read(show)
+        if not _rows(lines) or "limits" not in {line["kind"] for line in lines}:
+            raise ValueError(f"{show} has no measured kernels, expected a results file of attnkit bench")
     else:
         ids = [name.strip().upper() for name in only.split(",")] if only is not None else []
         chosen = bench.cases(ids, quick)
@@ -148,7 +150,7 @@ def _rows(lines: list[Line]) -> list[Line]:
 
 def _show(out: Console, lines: list[Line]) -> None:
     by_kind = {line["kind"]: line for line in lines}
-    out.print(_machine(by_kind["run"]), markup=False)
+    out.print(_machine(by_kind["run"], by_kind["kernel"]["threads"]), markup=False)
     for sentence in _limits(by_kind["limits"]):
         out.print(sentence, markup=False)
     out.print()
@@ -163,11 +165,11 @@ def _show(out: Console, lines: list[Line]) -> None:
         out.print(sentence, markup=False)
 
 
-def _machine(run: Line) -> str:
+def _machine(run: Line, threads: int) -> str:
     where = run["machine"]
     commit = f", commit {run['commit']}" if run["commit"] else ""
     return (
-        f"{where['cpu']}, {run['settings']['threads']} of {where['cores']} cores, level {where['level']}; "
+        f"{where['cpu']}, {threads} of {where['cores']} cores, level {where['level']}; "
         f"torch {run['torch']}, attnkit {run['attnkit']}{commit}; {run['started'][:10]}"
     )
 
