@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnkit.cli.output import Json, console, emit, table
-from attnkit.dispatch import decide
+from attnkit.dispatch import DEFAULT_BACKEND, decide
 from attnkit.masks import Mask
 from attnkit.masks.text import parse
 from attnkit.positions import alibi_slopes
@@ -103,7 +103,7 @@ def explanation(
         "mask": mask and repr(mask),
         "grad": grad,
         "cost": cost and asdict(cost),
-        "named": backend,
+        "named": backend or DEFAULT_BACKEND,
         "chosen": chosen,
         "backends": verdicts,
     }
