@@ -35,6 +35,7 @@ ATTNKIT_NOINLINE inline float run_fma(float seed) {
 }
 
 inline double fma_gflops(int64_t threads, double seconds) {
+  threads = available_threads(threads);
   const double flops = 2.0 * kWidth * kChains * kSteps * static_cast<double>(threads);
   volatile float seed = 0.5f, sink = 0.0f;
   return best_rate(threads, seconds, flops, [&](int64_t) { sink = run_fma(seed); });
@@ -55,6 +56,7 @@ ATTNKIT_NOINLINE inline float run_dot(uint32_t seed) {
 
 inline double bf16_dot_gflops(int64_t threads, double seconds) {
 #if defined(ATTNKIT_BF16_DOT)
+  threads = available_threads(threads);
   const double flops = 4.0 * kWidth * kChains * kSteps * static_cast<double>(threads);
   volatile uint32_t seed = 0x3f803f80;
   volatile float sink = 0.0f;
@@ -77,6 +79,7 @@ ATTNKIT_NOINLINE inline float read_all(const float* p, int64_t floats) {
 }
 
 inline double read_gigabytes(const void* buffer, int64_t bytes, int64_t threads, double seconds) {
+  threads = available_threads(threads);
   const int64_t floats = bytes / 4 / threads;
   volatile float sink = 0.0f;
   return best_rate(threads, seconds, 4.0 * static_cast<double>(floats * threads), [&](int64_t thread) {
