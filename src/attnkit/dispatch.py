@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,14 +18,14 @@ DEFAULT_BACKEND = os.environ.get("ATTNKIT_BACKEND") or None
 _LOG_LEVEL = os.environ.get("ATTNKIT_LOG", "").upper()
 
 log = logging.getLogger("attnkit")
-if _LOG_LEVEL:
-    try:
-        log.setLevel(_LOG_LEVEL)
-    except ValueError as error:
-        raise ValueError(
-            f"ATTNKIT_LOG is {_LOG_LEVEL!r}, expected debug, info, warning or error: set one of these or unset it"
-        ) from error
+if _LOG_LEVEL in ("DEBUG", "INFO", "WARNING", "ERROR"):
+    log.setLevel(_LOG_LEVEL)
     log.addHandler(logging.StreamHandler())
+elif _LOG_LEVEL:
+    warnings.warn(
+        f"ATTNKIT_LOG is {_LOG_LEVEL!r} and is ignored, expected debug, info, warning or error: set one of these",
+        stacklevel=2,
+    )
 _LOGGING = _LOG_LEVEL in ("DEBUG", "INFO")
 _watching: list[Counter[tuple[str, str]]] = []
 

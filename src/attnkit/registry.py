@@ -15,7 +15,7 @@ ENTRY_POINTS = "attnkit.mechanisms"
 
 @cache
 def mechanisms() -> dict[str, Mechanism]:
-    """All mechanisms by name; an outside package adds one by an entry point ``attnkit.mechanisms`` naming its record."""
+    """All mechanisms by name; another package adds one by an entry point ``attnkit.mechanisms`` naming its record."""
     found: dict[str, Mechanism] = {}
     for module in iter_modules(attnkit.mechanisms.__path__):
         _add(found, module.name, import_module(f"attnkit.mechanisms.{module.name}").SPEC)
