@@ -16,7 +16,8 @@ Mechanisms = Annotated[
 
 
 def verb(
-    text: Annotated[list[Path] | None, typer.Option(help="A text file to learn; repeat it for more.")] = None,
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More text files to learn.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="Text files to learn: --text FILE...")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Eight rows and one seed, in minutes on two cores.")] = False,
     mechanisms: Mechanisms = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds to train with, such as 0,1,2.")] = None,
@@ -34,7 +35,7 @@ def verb(
     Examples:
 
         attnkit compare --quick
-        attnkit compare --quick --text novel.txt --mechanisms mha,gqa,window
+        attnkit compare --quick --mechanisms mha,gqa,window --text novel.txt letters.txt
         attnkit compare --seeds 0,1,2 --out results --resume
     """
     # Deferred: training needs packages that the other verbs do without, and doctor must print when they are broken.
@@ -42,7 +43,7 @@ def verb(
     from attnkit.compare.options import CompareOptions
 
     options = CompareOptions(
-        text=tuple(text or ()),
+        text=(*(text or ()), *(files or ())),
         quick=quick,
         mechanisms=_listed(mechanisms),
         seeds=tuple(_seed(part) for part in _listed(seeds)),
