@@ -16,7 +16,7 @@ Mechanisms = Annotated[
 
 
 def verb(
-    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More text files to learn.")] = None,
+    files: Annotated[list[Path] | None, typer.Argument(metavar="FILE", help="More text files to learn.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text files to learn: --text FILE...")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Eight rows and one seed, in minutes on two cores.")] = False,
     mechanisms: Mechanisms = None,
