@@ -181,7 +181,8 @@ def _tiled_heads(call: dict[str, Any]) -> dict[str, Any]:
 def _values_from_keys(call: dict[str, Any]) -> dict[str, Any]:
     wanted = call["v"].shape[-1]
     k = call["k"]
-    return {"v": torch.cat([k] * math.ceil(wanted / k.shape[-1]), -1)[..., :wanted]}
+    # The true values keep a gradient of zero, or the mutant would crash instead of being wrong.
+    return {"v": torch.cat([k] * math.ceil(wanted / k.shape[-1]), -1)[..., :wanted] + 0 * call["v"]}
 
 
 def _hidden(call: dict[str, Any], key: int) -> dict[str, Any]:

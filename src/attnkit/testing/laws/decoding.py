@@ -107,7 +107,11 @@ def forks_and_crops(spec: Mechanism, backend: str, rng: random.Random) -> None:
     _assert_rows(first, made, x, slice(split, None), "after a crop")
     flipped = state.select(torch.tensor([1, 0]))
     assert_same(_feed(made, x[:, split:].flip(0), flipped, rest), first.flip(0), "selected rows")
-    assert_same(_feed(made, x[:, split:], state, rest), first, "the origin of a fork")
+    fork = state.fork()
+    head = _feed(made, x[:, split : split + 1], state, [1])
+    _feed(made, junk, fork, [wrong])  # where they share memory, this writes over what the origin has just stored
+    tail = _feed(made, x[:, split + 1 :], state, rest[1:]) if rest[1:] else head[:, :0]
+    assert_same(torch.cat([head, tail], 1), first, "the origin of a fork that goes its own way")
 
 
 @law(examples=8, promised="causal", layer=True)

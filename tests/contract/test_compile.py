@@ -1,0 +1,85 @@
+"""``torch.compile(fullgraph=True)`` as the first thing a fresh process does, and the custom operators under it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import attnkit
+from attnkit import native
+from attnkit.registry import get, mechanisms
+from attnkit.testing import runs
+from attnkit.testing.lanes import Lane
+from attnkit.testing.runs import assert_results_within
+
+# No backend named is what users compile; the reference is what runs where nothing else does.
+FRESH = [(name, backend) for name in mechanisms() for backend in (None, "reference")]
+
+
+@pytest.mark.parametrize(("name", "backend"), FRESH)
+def test_compile_first_in_a_fresh_process(name: str, backend: str | None) -> None:
+    """Forward, three lengths without a recompile once sizes are dynamic, and training."""
+    script = f"""
+        import torch
+        from attnkit.registry import get
+        from attnkit.spec import Sizes
+        from attnkit.testing import runs
+
+        spec = get({name!r})
+        torch.set_num_threads(1)
+        compiled = torch.compile(spec.function, fullgraph=True, dynamic=True)
+        for n in (17, 33, 50):
+            arguments = spec.sample(n, Sizes(b=2, h=4, g=2, m=n, n=n, d=16, e=8), torch.float32)
+            found = runs.results(compiled(**arguments, backend={backend!r}))
+            assert (n == 17) or torch._dynamo.utils.counters["frames"]["total"] == frames, "it compiled again"
+            frames = torch._dynamo.utils.counters["frames"]["total"]
+            runs.assert_results_within(found, runs.gold(spec, arguments), runs.naive(spec, arguments), torch.float32)
+        leaves = {{key: x.requires_grad_() for key, x in runs.tensors(arguments).items()}}
+        compiled(**arguments, backend={backend!r}).sum().backward()
+        assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves.values())
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:attnkit", "-c", textwrap.dedent(script)],
+        capture_output=True, text=True, check=False, timeout=110, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_softmax_flex_compiled() -> None:
+    """FlexAttention as users get it: compiled, with a mask and every score rule it has."""
+    spec = get("softmax")
+    arguments = spec.sample(0, None, torch.float32)
+    arguments |= {"mask": attnkit.window(9) | attnkit.global_tokens(2), "softcap": 5.0, "alibi": torch.rand(4)}
+    with Lane(spec, "flex").entered(compiled=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = runs.run(spec, "flex", arguments)
+    assert_results_within(found, runs.gold(spec, arguments), runs.naive(spec, arguments), torch.float32)
+
+
+def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
+    """Arguments for each custom operator of the package: more than one sequence, ragged lengths, each feature."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 70, 16), torch.randn(2, 2, 70, 8)
+    dense = torch.rand(2, 1, 9, 70) < 0.5
+    far = 1 << 62
+    plain = (q, k, v, None, far, 0, 0.25, None, None, 0.0, None)
+    rich = (q, k, v, dense, far, far, 0.25, torch.randn(2, 4, 9, 70), torch.rand(4), 2.0, torch.randn(4))
+    return [("softmax", plain), ("softmax", rich)]
+
+
+@pytest.mark.skipif(not native.STATUS.available, reason=f"no native library: {native.STATUS.reason}")
+@pytest.mark.parametrize(("name", "arguments"), operator_calls(), ids=["plain", "every feature"])
+def test_softmax_operator_check(name: str, arguments: tuple[Any, ...]) -> None:
+    """Schema, fake shapes and strides, and AOT dispatch agree with the real operator."""
+    torch.library.opcheck(getattr(torch.ops.attnkit, name), arguments)
+
+
+def test_every_operator_is_checked() -> None:
+    names = [name.removeprefix("attnkit::") for name in torch._C._dispatch_get_all_op_names() if "attnkit::" in name]
+    assert {name.partition(".")[0] for name in names} == {name for name, _ in operator_calls()}

@@ -1,0 +1,51 @@
+"""Every wrong program that somebody once shipped is noticed by some law, in float32; prints which law notices what."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attnkit.registry import get
+from attnkit.spec import Mechanism
+from attnkit.testing.laws import LAWS
+from attnkit.testing.mutants import BACKEND, MUTANTS, wrong_backend
+
+# A wrong scale or a lost key hides in the rounding of half precision; mutants repeat themselves as well as the truth.
+IN_FLOAT32 = [law for law in LAWS.values() if law.name not in ("definition_in_half_precision", "deterministic")]
+ENOUGH = 3
+
+
+def killers(spec: Mechanism) -> list[str]:
+    """The first few laws that the backend ``mutant`` breaks."""
+    found = []
+    for law in IN_FLOAT32:
+        if not law.applies(spec, BACKEND) or len(found) == ENOUGH:
+            continue
+        for seed in range(law.examples):
+            torch.manual_seed(seed)
+            try:
+                law(spec, BACKEND, seed)
+            except AssertionError:
+                found.append(law.name)
+                break
+    return found
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_softmax_mutant_is_killed(name: str) -> None:
+    mutant = MUTANTS[name]
+    with mutant.planted(get("softmax")) as spec:
+        found = killers(spec)
+    print(f"{name:24} {mutant.mistake:58} {', '.join(found)}")
+    assert found, f"no law notices the mutant {name}: {mutant.mistake}"
+
+
+def test_softmax_definition_is_not_killed() -> None:
+    """The control: the same machinery around the right program."""
+    spec = get("softmax")
+    with wrong_backend(spec, spec.reference) as control:
+        assert killers(control) == []
+
+
+def test_mutants_are_many() -> None:
+    assert len(MUTANTS) >= 40

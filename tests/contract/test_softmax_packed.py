@@ -1,0 +1,92 @@
+"""``softmax_attention_varlen``: packed documents equal the documents one by one, the empty ones included."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnkit
+from attnkit.mechanisms import softmax
+from attnkit.registry import get
+from attnkit.testing import Lane, lanes, runs
+from attnkit.testing.budgets import assert_within
+
+SPEC = get("softmax")
+CAUSAL = attnkit.causal()
+
+
+def packed(rng: random.Random, heads: int = 4, groups: int = 2) -> dict[str, Any]:
+    lengths = [rng.choice((0, 0, 1, 2, 7, 33, 64)) for _ in range(rng.randint(1, 6))]
+    if rng.random() < 0.5:
+        lengths = [0, *lengths, 0]
+    torch.manual_seed(rng.randrange(1 << 30))
+    total = sum(lengths)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    q, k, v = (torch.randn(count, total, size) for count, size in ((heads, 16), (groups, 16), (groups, 8)))
+    return {"q": q, "k": k, "v": v, "q_offsets": offsets}
+
+
+def assert_documents_apart(o: Tensor, call: dict[str, Any]) -> None:
+    edges = call["q_offsets"].tolist()
+    for start, end in zip(edges, edges[1:], strict=False):
+        if start < end:
+            alone = {name: call[name][None, :, start:end].clone() for name in "qkv"} | {"mask": CAUSAL}
+            gold, naive = runs.gold(SPEC, alone)[0], runs.naive(SPEC, alone)[0]
+            assert_within(o[None, :, start:end].clone(), gold, naive, torch.float32, what=f"document {start}:{end}")
+
+
+@pytest.mark.parametrize("lane", [lane for lane in lanes(SPEC) if lane.backend != "flex"], ids=str)
+def test_softmax_packed_equals_apart(lane: Lane) -> None:
+    with lane.entered():
+        for seed in range(20):
+            call = packed(random.Random(seed))
+            try:
+                o = attnkit.softmax_attention_varlen(**call, mask=CAUSAL, backend=lane.backend)
+            except NotImplementedError as refusal:
+                assert "keys" in str(refusal)  # torch SDPA needs at least one
+                continue
+            assert o.shape == (4, call["q"].shape[1], 8)
+            assert_documents_apart(o, call)
+
+
+def test_softmax_packed_keys_of_other_lengths() -> None:
+    """Cross-attention and decoding: each document has its own number of keys, none among them."""
+    q, k = torch.randn(2, 6, 8), torch.randn(1, 9, 8)
+    q_offsets, k_offsets = torch.tensor([0, 2, 5, 6]), torch.tensor([0, 4, 4, 9])
+    o = attnkit.softmax_attention_varlen(q, k, k, q_offsets=q_offsets, k_offsets=k_offsets, backend="reference")
+    assert not o[:, 2:5].any()
+    alone = {"q": q[None, :, :2].clone(), "k": k[None, :, :4].clone(), "v": k[None, :, :4].clone()}
+    gold, naive = runs.gold(SPEC, alone)[0], runs.naive(SPEC, alone)[0]
+    assert_within(o[None, :, :2].clone(), gold, naive, torch.float32)
+
+
+def test_softmax_packed_leak_is_noticed() -> None:
+    """The inverse: a kernel that lets a document see the ones before it is caught."""
+    right = softmax.softmax_attention
+    call = packed(random.Random(3))
+    q, k, v = (call[name][None] for name in "qkv")
+
+    def leaky(part_q: Tensor, part_k: Tensor, part_v: Tensor, **settings: Any) -> Tensor:
+        end = part_k.storage_offset() // 16 + part_k.shape[2]
+        o: Tensor = right(q[:, :, :end], k[:, :, :end], v[:, :, :end], **settings)
+        return o[:, :, end - part_q.shape[2] :]
+
+    with mock.patch.object(softmax, "softmax_attention", leaky):
+        o = attnkit.softmax_attention_varlen(**call, mask=CAUSAL, backend="reference")
+    with pytest.raises(AssertionError, match="document"):
+        assert_documents_apart(o, call)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "said"),
+    [([0, 3, 9], "expected rising from 0 to 6"), ([1, 6], "from 0"), ([0, 4, 2, 6], "rising"), ([0], "rising")],
+)
+def test_softmax_packed_refuses_wrong_offsets(offsets: list[int], said: str) -> None:
+    x = torch.randn(2, 6, 4)
+    with pytest.raises(ValueError, match=said):
+        attnkit.softmax_attention_varlen(x, x, x, q_offsets=torch.tensor(offsets))
