@@ -18,8 +18,9 @@ def rejects(call: Call) -> tuple[str, ...]:
     q, k, v = call["q"], call["k"], call["v"]
     if call["dropout"]:
         reasons.append(f"dropout is {call['dropout']}, FlexAttention has none")
-    if min(q.shape[2], k.shape[2]) == 0:
-        reasons.append(f"there are {q.shape[2]} queries and {k.shape[2]} keys, FlexAttention needs at least 1 of each")
+    if min(q.shape[0], q.shape[2], k.shape[2]) == 0:
+        sizes = f"{q.shape[0]} sequences, {q.shape[2]} queries and {k.shape[2]} keys"
+        reasons.append(f"there are {sizes}, FlexAttention needs at least 1 of each")
     if q.device.type == "cpu":
         tensors = (q, k, v, call["bias"], call["alibi"], call["sink"])
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):

@@ -44,7 +44,7 @@ PRESETS = (
         "strided",
         "Strided (Sparse Transformer)",
         "arXiv 1904.10509",
-        lambda p: _rotary(p, mask=strided(p.window // 2)),
+        lambda p: _rotary(p, mask=strided(max(1, p.window // 2))),
     ),
     Preset(
         "fixed",
