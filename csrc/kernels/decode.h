@@ -173,6 +173,8 @@ class Decode {
     if (r < rows_) f(Rows<1>(), r);
   }
 
+  // Keys and values take turns, and the processor does not guess that: whoever works on one fetches the other. Measured on
+  // one Zen 5 core at n = 32768, d = 128: 12 to 22 GB/s in float32.
   // Products of kCount rows with as many keys at a time as give one vector of sums. Keys one after the other, as they lie
   // in memory. Fetches the values that are needed next.
   template <int kCount>
@@ -294,13 +296,6 @@ class Decode {
     for (int i = 0; i < kCount; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) store(sums + i * value_columns_ + j * kWidth, acc[i][j]);
-  }
-
-  // The processor does not guess that keys and values take turns: whoever works on one fetches the other. Measured on one
-  // Zen 5 core at n = 32768, d = 128: 12 to 22 GB/s in float32.
-  static ATTNKIT_INLINE void prefetch_row(const T* row, int64_t numbers) {
-    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-    for (int64_t j = 0; j < numbers; j += kLine) prefetch(row + j);
   }
 
   bool finite(const T* values, int64_t begin, int64_t end) const {

@@ -63,39 +63,43 @@ void pack_key_block(const attnkit_softmax& s, const T* keys, const PackedSizes<M
   }
 }
 
+// One vector of columns of the step that starts at `key`; adds 0 times the values to `check`.
+template <class Math, class T>
+ATTNKIT_INLINE void pack_values(const attnkit_softmax& s, const T* values, int64_t key, int64_t column,
+                                typename Math::Element* to, Vec& check) {
+  const T* row = values + key * s.v_n + column;
+  const int count = static_cast<int>(least<int64_t>(kWidth, s.e - column));
+#if defined(ATTNKIT_BF16_DOT)
+  if constexpr (Math::kNumbers == 2) {
+    const __m256i even = key < s.n ? load_halves_some(row, count) : _mm256_setzero_si256();
+    const __m256i odd = key + 1 < s.n ? load_halves_some(row + s.v_n, count) : _mm256_setzero_si256();
+    _mm512_storeu_si512(to, zip_halves(even, odd));
+    check = fma(widen_bf16(even), zero(), check);
+    check = fma(widen_bf16(odd), zero(), check);
+  } else
+#endif
+  {
+    const Vec x = key < s.n ? load_some(row, count) : zero();
+    store(reinterpret_cast<float*>(to), x);
+    check = fma(x, zero(), check);
+  }
+}
+
 // Values of one key block; returns whether one of them is a NaN or an infinity.
 template <class Math, class T>
 bool pack_value_block(const attnkit_softmax& s, const T* values, const PackedSizes<Math>& sizes, int64_t block,
                       typename Math::Element* out) {
-  Vec zeros_times_values = zero();
-  const int64_t begin = block * kBlockKeys;
-  for (int64_t vector = 0; vector < sizes.value_vectors; ++vector) {
-    const int64_t strip = vector / kStripVectors, inside = vector % kStripVectors;
-    const int64_t columns = least<int64_t>(kStripVectors, sizes.value_vectors - strip * kStripVectors) * kWidth;
-    typename Math::Element* to = out + strip * kStrip * sizes.value_steps + inside * kWidth;
-    const int64_t column = vector * kWidth;
-    const int count = static_cast<int>(least<int64_t>(kWidth, s.e - column));
-    for (int64_t key = begin; key < begin + kBlockKeys; key += Math::kNumbers) {
-      typename Math::Element* at = to + key / Math::kNumbers * columns;
-#if defined(ATTNKIT_BF16_DOT)
-      if constexpr (Math::kNumbers == 2) {
-        const T* row = values + key * s.v_n + column;
-        const __m256i even = key < s.n ? load_halves_first(row, count) : _mm256_setzero_si256();
-        const __m256i odd = key + 1 < s.n ? load_halves_first(row + s.v_n, count) : _mm256_setzero_si256();
-        _mm512_storeu_si512(at, zip_halves(even, odd));
-        zeros_times_values = fma(widen_bf16(even), zero(), zeros_times_values);
-        zeros_times_values = fma(widen_bf16(odd), zero(), zeros_times_values);
-      } else
-#endif
-      {
-        const T* row = values + key * s.v_n + column;
-        const Vec x = key < s.n ? load_some(row, count) : zero();
-        store(reinterpret_cast<float*>(at), x);
-        zeros_times_values = fma(x, zero(), zeros_times_values);
-      }
+  Vec check = zero();
+  for (int64_t key = block * kBlockKeys; key < (block + 1) * kBlockKeys; key += Math::kNumbers) {
+    for (int64_t vector = 0; vector < sizes.value_vectors; vector += kStripVectors) {
+      const int64_t vectors = least<int64_t>(kStripVectors, sizes.value_vectors - vector);
+      typename Math::Element* to =
+          out + vector * kWidth * sizes.value_steps + key / Math::kNumbers * vectors * kWidth;
+      for (int64_t j = 0; j < vectors; ++j)
+        pack_values<Math>(s, values, key, (vector + j) * kWidth, to + j * kWidth, check);
     }
   }
-  return bits_unequal(zeros_times_values, 0.0f) != 0;
+  return bits_unequal(check, 0.0f) != 0;
 }
 
 // Query rows of one block, row-major in steps; rows past the end are zeros.

@@ -120,6 +120,9 @@ class Prefill {
     const Queries queries = {batch, head, first, least(kBlockQueries, s_.m - first)};
     const T* q = static_cast<const T*>(s_.q) + batch * s_.q_b + head * s_.q_h + first * s_.q_m;
     pack_queries<Math>(s_, q, queries.count, queries.groups() * kRows, query_steps_, w.queries);
+    // The block this thread most likely takes next.
+    if (query_block >= threads_)
+      for (int64_t i = 0; i < kBlockQueries; ++i) prefetch_row(q + (i - threads_ * kBlockQueries) * s_.q_m, s_.d);
     for (int64_t i = 0; i < queries.groups() * kRows * value_columns_; ++i) w.sums[i] = 0.0f;
     for (int64_t i = 0; i < kBlockQueries * kWidth; ++i) w.totals[i] = 0.0f;
     for (int64_t i = 0; i < kBlockQueries; ++i) w.tops[i] = i < queries.count ? -kInfinity : 0.0f;
@@ -162,7 +165,7 @@ class Prefill {
     return {r.begin / kVectorKeys * kVectorKeys, round_up(r.end, kVectorKeys)};
   }
   // Whether some row of the group does not see all of the block.
-  ATTNKIT_INLINE bool partial(const Queries& queries, const Tile& tile, int group, int i) const {
+  ATTNKIT_INLINE bool is_partial(const Queries& queries, const Tile& tile, int group, int i) const {
     const int64_t key = tile.block[i] * kBlockKeys;
     return tile.words[i] || visible_range(s_, queries.last(group)).begin > key ||
            visible_range(s_, queries.begin(group)).end < key + kBlockKeys;
@@ -182,10 +185,13 @@ class Prefill {
     score(w, kv, tile, group, seen);
     bool careful = false;
     if (!tile.whole || !logits_.plain) {
+      bool partial[kTileBlocks];
+      for (int i = 0; i < tile.blocks; ++i) {
+        partial[i] = is_partial(queries, tile, group, i);
+        careful = careful || (kv.odd_values[tile.block[i]] && (s_.bias || partial[i]));
+      }
       if (!logits_.plain) to_logits(w, queries, tile, group, seen);
-      hide(w, queries, tile, group, seen);
-      for (int i = 0; i < tile.blocks; ++i)
-        careful = careful || (kv.odd_values[tile.block[i]] && (s_.bias || partial(queries, tile, group, i)));
+      hide(w, queries, tile, group, seen, partial);
     }
     raise_tops(w, group);
     weigh(w, tile, group, seen);
@@ -227,7 +233,8 @@ class Prefill {
   }
 
   // -inf where a row of the group may not look, and the maxima of what is left.
-  void hide(const Work& w, const Queries& queries, const Tile& tile, int group, const Range* seen) const {
+  void hide(const Work& w, const Queries& queries, const Tile& tile, int group, const Range* seen,
+            const bool* partial) const {
     for (int64_t i = queries.begin(group); i <= queries.last(group); ++i) {
       float* scores = w.scores + (i - queries.begin(group)) * kTileKeys;
       Vec peak = splat(-kInfinity);
@@ -236,11 +243,15 @@ class Prefill {
         const Range r = whole_vectors(seen[run]);
         for (int64_t c = r.begin; c < r.end;) {
           const int64_t block = c / kBlockKeys, stop = least(r.end, (block + 1) * kBlockKeys);
-          const uint64_t word = visible_word(s_, i, tile.block[block], tile.words[block]);
-          for (; c < stop; c += kWidth) {
-            Vec x = load(scores + c);
-            if (word != kAll) store(scores + c, x = select(static_cast<Bits>(word >> c % kBlockKeys), x, -kInfinity));
-            peak = max(peak, x);
+          if (partial[block]) {
+            const uint64_t word = visible_word(s_, i, tile.block[block], tile.words[block]);
+            for (; c < stop; c += kWidth) {
+              const Vec x = select(static_cast<Bits>(word >> c % kBlockKeys), load(scores + c), -kInfinity);
+              store(scores + c, x);
+              peak = max(peak, x);
+            }
+          } else {
+            for (; c < stop; c += kWidth) peak = max(peak, load(scores + c));
           }
         }
       }

@@ -55,6 +55,12 @@ ATTNKIT_INLINE void store_some(T* p, Vec x, int64_t count) {
   }
 }
 
+template <class T>
+ATTNKIT_INLINE void prefetch_row(const T* row, int64_t numbers) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t j = 0; j < numbers; j += kLine) prefetch(row + j);
+}
+
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;

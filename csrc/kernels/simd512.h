@@ -147,8 +147,8 @@ ATTNKIT_INLINE void store_narrow(uint32_t* p, Vec lo, Vec hi) {
 ATTNKIT_INLINE Pairs zip_halves(__m256i even, __m256i odd) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
-ATTNKIT_INLINE __m256i load_halves_first(const void* p, int count) {
-  return _mm256_maskz_loadu_epi16(first(count), p);
+ATTNKIT_INLINE __m256i load_halves_some(const void* p, int count) {
+  return count >= kWidth ? load_halves(p) : _mm256_maskz_loadu_epi16(first(count), p);
 }
 ATTNKIT_INLINE Pairs load_pairs_first(const BFloat16* p, int numbers) {
   return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << numbers) - 1), p);
