@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from statistics import median
+from statistics import quantiles
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attnkit.bench.host import Others
 from attnkit.compare.rows import Row
 from attnkit.compare.store import Line
 from attnkit.compare.workers import Progress
@@ -124,8 +125,9 @@ def speed(rows: Sequence[Row], plan: SpeedPlan, progress: Progress) -> list[Line
             for subject, mine in zip(subjects, seconds, strict=True):
                 mine += once(subject)
                 progress(next(turns) / total)
-        return [_Timing(median(mine), backend) for mine, backend in zip(seconds, backends, strict=True)]
+        return [_timing(mine, backend) for mine, backend in zip(seconds, backends, strict=True)]
 
+    others = Others()
     prefill = measure(_Subject.prefill, _Subject.prefill)
     decode = []
     for context in plan.contexts:
@@ -152,6 +154,8 @@ def speed(rows: Sequence[Row], plan: SpeedPlan, progress: Progress) -> list[Line
                 "cache_allocated": allocated,
                 "cache_predicted": predicted,
                 "context": longest,
+                "spread": round(max(timings[index].spread for timings in (prefill, *decode)), 4),
+                "others": round(others.cores(), 2),
             }
         )
     return lines
@@ -159,5 +163,13 @@ def speed(rows: Sequence[Row], plan: SpeedPlan, progress: Progress) -> list[Line
 
 @dataclass(frozen=True)
 class _Timing:
+    """A median of seconds, and how wide the middle half of them is, in parts of it."""
+
     seconds: float
+    spread: float
     backend: str
+
+
+def _timing(seconds: list[float], backend: str) -> _Timing:
+    first, middle, third = quantiles(seconds)
+    return _Timing(middle, (third - first) / middle, backend)

@@ -61,6 +61,8 @@ class Speed:
     cache: int
     cache_predicted: int
     context: int
+    spread: float
+    others: float
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,16 @@ class Results:
 
     @property
     def timing(self) -> float:
-        """The part of a time that may be noise: what repeated timings of the kernels showed, where that is more."""
-        return max([SMALLEST_TIMING, *([median(k.spread for k in self.kernels)] if self.kernels else [])])
+        """The part of a time that may be noise: what repeated timings showed, where that is more."""
+        return max([SMALLEST_TIMING, *(median(timed.spread for timed in group) for group in self._timed() if group)])
 
     @property
     def others(self) -> float:
-        """Cores that other programs kept busy while the kernels were timed."""
-        return median(kernel.others for kernel in self.kernels) if self.kernels else 0.0
+        """Cores that other programs kept busy while rows and kernels were timed."""
+        return max((median(timed.others for timed in group) for group in self._timed() if group), default=0.0)
+
+    def _timed(self) -> tuple[Sequence[Kernel | Speed], ...]:
+        return self.kernels, [row.speed for row in self.rows if row.speed]
 
     def places(self, task: str) -> list[Place]:
         """Every place at which ``task`` was measured, the easiest first."""
@@ -264,6 +269,8 @@ def _speed(line: Line) -> Speed:
         cache=int(line["cache_allocated"]),
         cache_predicted=int(line["cache_predicted"]),
         context=int(line["context"]),
+        spread=float(line.get("spread") or 0),
+        others=float(line.get("others") or 0),
     )
 
 
