@@ -30,12 +30,13 @@ class Display:
         self._console = console
         self._done = dict.fromkeys(jobs, 0.0)
         self._started: dict[Job, float] = {}
+        self._finished = 0
         self._start = time.perf_counter()
         self._bars: Progress | None = None
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
             self._bars = Progress(*columns, TextColumn("{task.fields[left]}"), console=console, transient=True)
-            self._overall = self._bars.add_task("everything", total=1.0, left="")
+            self._overall = self._bars.add_task("all of it", total=1.0, left="")
         self._tasks: dict[Job, TaskID] = {}
 
     def __enter__(self) -> Display:
@@ -68,6 +69,7 @@ class Display:
     def finish(self, job: Job, result: str = "") -> None:
         """``job`` is done; ``result`` says in a few words what came out."""
         self.update(job, 1.0)
+        self._finished += 1
         spent = time.perf_counter() - self._started[job]
         said = f"{job.title}: {result}" if result else job.title
         if self._bars:
@@ -75,9 +77,8 @@ class Display:
             if result:
                 self._console.print(f"{said} ({_time(spent)})", markup=False)
         else:
-            finished = sum(done == 1.0 for done in self._done.values())
             times = ", ".join(part for part in (_time(spent), self._left()) if part)
-            self._console.print(f"[{finished}/{len(self._done)}] {said} ({times})", markup=False)
+            self._console.print(f"[{self._finished}/{len(self._done)}] {said} ({times})", markup=False)
 
     def _fraction(self) -> float:
         return sum(job.seconds * done for job, done in self._done.items()) / sum(job.seconds for job in self._done)
