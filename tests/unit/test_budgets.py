@@ -29,12 +29,12 @@ def test_the_rounded_truth_uses_little(dtype: torch.dtype) -> None:
     assert assert_within(*three(dtype), dtype) < 0.5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-def test_the_naive_run_is_within(dtype: torch.dtype) -> None:
-    """A correct program in another order has to pass, or the budget would ask for luck."""
-    for seed in range(5):
-        _, gold, naive = three(dtype, seed)
-        assert_within(naive.clone(), gold, naive, dtype)
+def test_another_order_of_the_same_sums_is_within() -> None:
+    """A correct program that multiplies in another order has to pass, or the budget would ask for luck."""
+    for seed in range(20):
+        _, gold, naive = three(torch.float32, seed)
+        right = SPEC.sample(seed, Sizes(b=2, h=4, g=2, m=64, n=128, d=64, e=64), torch.float32)
+        assert_within(runs.run(SPEC, "reference", right)[0], gold, naive, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import attnkit
-from attnkit.masks import UNBOUNDED, And, Mask, Not, Or, Padding
-from attnkit.masks.held import BlockSparse, Documents
+from attnkit.masks import UNBOUNDED, And, Mask, Not, Or
+from attnkit.masks.held import BlockSparse, Documents, Padding
 from attnkit.masks.patterns import Chunked, Dilated, Fixed, GlobalTokens, Interval, Prefix, Strided
 from attnkit.mechanisms.softmax import SoftmaxAttention
 from attnkit.positions import Rotary

@@ -33,6 +33,7 @@ class Law:
     check: Callable[[Mechanism, str, random.Random], None]
     examples: int
     takes: tuple[str, ...]
+    takes_any: tuple[str, ...]
     promised: str | None
     gradients: bool
     layer: bool
@@ -43,9 +44,9 @@ class Law:
 
     def applies(self, spec: Mechanism, backend: str) -> bool:
         """Whether the mechanism makes this promise, and the backend has what it takes to be asked."""
-        parameters = inspect.signature(spec.call).parameters
         return (
-            all(name in parameters for name in self.takes)
+            parameters(spec).issuperset(self.takes)
+            and (not self.takes_any or bool(parameters(spec).intersection(self.takes_any)))
             and (self.promised is None or getattr(spec.laws, self.promised))
             and (not self.gradients or spec.backend(backend).grad)
             and (not self.layer or bool(spec.presets))
@@ -66,6 +67,7 @@ LAWS: dict[str, Law] = {}
 def law(
     examples: int = 12,
     takes: tuple[str, ...] = (),
+    takes_any: tuple[str, ...] = (),
     promised: str | None = None,
     gradients: bool = False,
     layer: bool = False,
@@ -73,11 +75,16 @@ def law(
     """Make a law of a function and list it."""
 
     def make(check: Callable[[Mechanism, str, random.Random], None]) -> Law:
-        made = Law(check.__name__, check, examples, takes, promised, gradients, layer)
+        made = Law(check.__name__, check, examples, takes, takes_any, promised, gradients, layer)
         LAWS[made.name] = made
         return made
 
     return make
+
+
+def parameters(spec: Mechanism) -> set[str]:
+    """Names of the arguments of the mechanism's function."""
+    return set(inspect.signature(spec.call).parameters)
 
 
 def run(spec: Mechanism, backend: str, arguments: Arguments) -> Results:

@@ -130,11 +130,11 @@ def layer_causality(spec: Mechanism, backend: str, rng: random.Random) -> None:
 def evaluation_has_no_dropout(spec: Mechanism, backend: str, rng: random.Random) -> None:
     """``eval()`` turns dropout off and repeats itself; ``train()`` turns it on, replayable from torch's seed."""
     made = layer(spec, backend, rng, dropout=0.5)
-    if not getattr(made.config, "dropout", 0.0):
-        raise Refused
     x = torch.randn(1, 12, 32)
     calm = _forward(made, x)
     assert_same(_forward(made, x), calm, "a second evaluation")
+    if not hasattr(made.config, "dropout"):
+        return
     still = copy.deepcopy(made)
     still.config = dataclasses.replace(made.config, dropout=0.0)
     _assert_rows(calm, still, x, slice(None), "evaluation")

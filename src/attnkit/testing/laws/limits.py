@@ -13,7 +13,7 @@ import attnkit
 from attnkit.spec import Mechanism, Sizes
 from attnkit.testing import runs
 from attnkit.testing.budgets import allowed, assert_within
-from attnkit.testing.laws.base import Refused, assert_equals_call, assert_matches, law, run, sample
+from attnkit.testing.laws.base import Refused, assert_equals_call, assert_matches, law, parameters, run, sample
 
 NEUTRAL: dict[str, Callable[[int, int, int], Any]] = {
     "mask": lambda h, m, n: attnkit.full(),
@@ -34,12 +34,12 @@ STRONG: dict[str, Callable[[int, int, int], Any]] = {
 }
 
 
-@law(examples=8)
+@law(examples=8, takes_any=tuple(NEUTRAL))
 def neutral_features(spec: Mechanism, backend: str, rng: random.Random) -> None:
     """A feature at its neutral value (window >= n, sink -inf, cap 10^6, slope 0, p 0 ...) is the call without it."""
     m, n, h = rng.choice(((1, 70), (50, 50), (9, 65))) + (4,)
     plain = sample(spec, rng, b=2, h=h, g=2, m=m, n=n, d=16, e=8)
-    names = [name for name in NEUTRAL if name in (spec.call.__kwdefaults__ or {})]
+    names = [name for name in NEUTRAL if name in parameters(spec)]
     tried = 0
     for name in names:
         base = {**plain, "mask": None} if name == "mask" else plain
@@ -70,7 +70,7 @@ def repeated_kv_heads(spec: Mechanism, backend: str, rng: random.Random) -> None
     assert_equals_call(run(spec, backend, {**grouped, **written})[0], spec, grouped)
 
 
-@law(examples=6)
+@law(examples=6, takes_any=tuple(STRONG))
 def features_show(spec: Mechanism, backend: str, rng: random.Random) -> None:
     """Each feature is refused, or changes the result by over 100 times the budget and is right."""
     m, n, h = rng.choice(((1, 70), (49, 65))) + (4,)
@@ -79,7 +79,7 @@ def features_show(spec: Mechanism, backend: str, rng: random.Random) -> None:
     budget = allowed(without, floor, torch.float32)
     tried = 0
     for name in STRONG:
-        if name not in (spec.call.__kwdefaults__ or {}):
+        if name not in parameters(spec):
             continue
         strong = {**plain, name: STRONG[name](h, m, n)}
         if name == "dropout":

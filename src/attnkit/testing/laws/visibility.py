@@ -10,7 +10,16 @@ from torch import Tensor
 import attnkit
 from attnkit.spec import Mechanism
 from attnkit.testing import rules, runs
-from attnkit.testing.laws.base import along, assert_equals_call, assert_matches, assert_same, law, run, sample
+from attnkit.testing.laws.base import (
+    along,
+    assert_equals_call,
+    assert_matches,
+    assert_same,
+    law,
+    parameters,
+    run,
+    sample,
+)
 
 
 @law(examples=20, promised="causal")
@@ -103,12 +112,12 @@ def hidden_garbage(spec: Mechanism, backend: str, rng: random.Random) -> None:
 @law(examples=12, takes=("mask",))
 def empty_rows(spec: Mechanism, backend: str, rng: random.Random) -> None:
     """A row that may see nothing gives exactly 0, log-sum-exp -inf (the sink's value with a sink), and no gradient."""
-    parameters = [name for name in ("return_lse", "sink") if name in (spec.call.__kwdefaults__ or {})]
+    takes = parameters(spec)
     m, n = rng.choice(((5, 5), (49, 65), (1, 3), (70, 70)))
     arguments = sample(spec, rng, b=2, h=2, g=1, m=m, n=n, d=8, e=4)
-    if "sink" in parameters and rng.random() < 0.5:
+    if "sink" in takes and rng.random() < 0.5:
         arguments["sink"] = torch.randn(2)
-    if "return_lse" in parameters and not runs.reasons(spec, backend, {**arguments, "return_lse": True}):
+    if "return_lse" in takes and not runs.reasons(spec, backend, {**arguments, "return_lse": True}):
         arguments["return_lse"] = True
     empty = torch.rand(2, 2, m) < 0.3
     empty[..., rng.randrange(m)] = True
