@@ -40,11 +40,13 @@ def forward(
 ) -> Tensor:
     m, n = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
-    # torch's is_causal counts from the top left: the same thing only when there are as many queries as keys.
-    square_causal = mask is not None and mask.interval() == (UNBOUNDED, 0) and m == n
     plain = bias is None and alibi is None and sink is None
-    if plain and (mask is None or square_causal):
-        return scaled_dot_product_attention(q, k, v, is_causal=square_causal, scale=scale, enable_gqa=grouped)
+    if plain and mask is None:
+        return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+    # torch's is_causal counts from the top left: the same thing only when there are as many queries as keys. It has to
+    # be a bool, which m == n is not while dynamic sizes are traced, so this is a branch.
+    if plain and mask is not None and mask.interval() == (UNBOUNDED, 0) and m == n:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     keep = mask.dense(m, n, q.device) if mask is not None else None
     if plain:
         return scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale, enable_gqa=grouped)
