@@ -39,12 +39,12 @@ def forward(
     return_lse: bool,
 ) -> Tensor:
     m, n = q.shape[2], k.shape[2]
-    grouped = q.shape[1] != k.shape[1]
+    # While dynamic sizes are traced a comparison of two is no bool, and SDPA takes nothing else; a branch makes one.
+    grouped = True if q.shape[1] != k.shape[1] else False
     plain = bias is None and alibi is None and sink is None
     if plain and mask is None:
         return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-    # torch's is_causal counts from the top left: the same thing only when there are as many queries as keys. It has to
-    # be a bool, which m == n is not while dynamic sizes are traced, so this is a branch.
+    # torch's is_causal counts from the top left: the same thing only when there are as many queries as keys.
     if plain and mask is not None and mask.interval() == (UNBOUNDED, 0) and m == n:
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     keep = mask.dense(m, n, q.device) if mask is not None else None
