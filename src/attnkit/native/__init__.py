@@ -82,7 +82,7 @@ ERRORS = {
     6: "the scratch memory is too small",
 }
 
-_FORMATS = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f"}
+_FORMATS: dict[Any, str] = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f"}
 pack_softmax = struct.Struct("@" + "".join(_FORMATS[kind] for _, kind in SOFTMAX_FIELDS)).pack
 
 
@@ -160,7 +160,8 @@ def _needed() -> Any:
 
 def get_level() -> str:
     """The instruction level that runs now."""
-    return STATUS.built[_needed().attnkit_get_level()]
+    level: int = _needed().attnkit_get_level()
+    return STATUS.built[level]
 
 
 def set_level(name: str) -> None:
