@@ -95,7 +95,7 @@ def quick() -> Setup:
     return Setup(
         text=TextSetup(
             Shape(width=192, layers=2, heads=4, hidden=512, window=32),
-            Training((Stage(steps=260, rows=16, length=128),), bfloat16=True),
+            Training((Stage(steps=220, rows=16, length=128),), bfloat16=True),
             tokenizer="bpe",
             vocab=2048,
         ),
@@ -104,11 +104,12 @@ def quick() -> Setup:
             Shape(width=64, layers=2, heads=4, hidden=128, window=32, qk_norm=True),
             Training(
                 (
-                    Stage(steps=200, rows=32, length=16, pairs=2),
-                    Stage(steps=150, rows=32, length=32, pairs=8),
-                    Stage(steps=150, rows=16, length=64, pairs=16),
-                    Stage(steps=250, rows=8, length=128, pairs=32),
-                )
+                    Stage(steps=350, rows=32, length=16, pairs=2),
+                    Stage(steps=250, rows=32, length=32, pairs=8),
+                    Stage(steps=250, rows=16, length=64, pairs=16),
+                    Stage(steps=300, rows=8, length=128, pairs=32),
+                ),
+                rate=0.02,
             ),
             exams=(
                 *(Exam("recall", 128, pairs) for pairs in (4, 8, 16, 32)),
@@ -128,23 +129,23 @@ def full() -> Setup:
         text=TextSetup(
             Shape(width=256, layers=4, heads=8, hidden=688, window=64),
             Training(
-                (Stage(steps=2500, rows=16, length=256), Stage(steps=500, rows=8, length=512)), decay=0.5, bfloat16=True
+                (Stage(steps=1500, rows=16, length=256), Stage(steps=300, rows=8, length=512)), decay=0.5, bfloat16=True
             ),
             tokenizer="bpe",
             vocab=4096,
         ),
         tasks=TaskSetup(
-            Shape(width=128, layers=2, heads=8, hidden=256, window=64),
+            Shape(width=128, layers=2, heads=8, hidden=256, window=64, qk_norm=True),
             Training(
                 (
-                    Stage(steps=2000, rows=32, length=16, pairs=2),
-                    Stage(steps=500, rows=32, length=32, pairs=8),
-                    Stage(steps=500, rows=16, length=64, pairs=16),
-                    Stage(steps=500, rows=16, length=128, pairs=32),
-                    Stage(steps=1000, rows=16, length=256, pairs=64),
-                    Stage(steps=1000, rows=8, length=512, pairs=64),
+                    Stage(steps=500, rows=32, length=16, pairs=2),
+                    Stage(steps=400, rows=32, length=32, pairs=8),
+                    Stage(steps=400, rows=16, length=64, pairs=16),
+                    Stage(steps=400, rows=16, length=128, pairs=32),
+                    Stage(steps=500, rows=16, length=256, pairs=64),
+                    Stage(steps=500, rows=8, length=512, pairs=64),
                 ),
-                decay=0.5,
+                rate=0.02,
             ),
             exams=(
                 *(Exam("recall", 512, pairs) for pairs in (4, 8, 16, 32, 64)),
