@@ -84,8 +84,9 @@ def test_a_forced_level_runs():
 
 @needs_library
 def test_a_level_that_does_not_run_is_an_error():
-    ran = python("import attnkit", ATTNKIT_CPU_LEVEL="v9")
-    assert "ATTNKIT_CPU_LEVEL is 'v9', expected one of" in ran.stderr.splitlines()[-1]
+    body = "import torch, attnkit; x = torch.ones(1, 1, 2, 2); attnkit.softmax_attention(x, x, x, backend='cpu')"
+    ran = python(body, ATTNKIT_CPU_LEVEL="v9")
+    assert "cpu: ATTNKIT_CPU_LEVEL is 'v9', expected one of" in ran.stderr.splitlines()[-1]
     with pytest.raises(ValueError, match="set_level got 'v9', expected one of"):
         native.set_level("v9")
 

@@ -10,6 +10,7 @@ import ctypes
 import os
 import struct
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
@@ -131,10 +132,12 @@ def _load() -> tuple[Any, Status]:
     wanted = os.environ.get("ATTNKIT_CPU_LEVEL") or None
     if wanted is not None:
         if wanted not in runnable:
-            raise ValueError(
+            why = (
                 f"ATTNKIT_CPU_LEVEL is {wanted!r}, expected one of {', '.join(runnable)}, which this processor runs: "
                 "name one of these or unset it"
             )
+            warnings.warn(why, stacklevel=2)
+            return None, Status(False, why, str(path), version, levels=runnable, built=built)
         library.attnkit_set_level(built.index(wanted))
     return library, Status(
         available=True,
