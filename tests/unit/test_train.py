@@ -105,7 +105,7 @@ def test_judging_counts_only_what_is_asked() -> None:
 
 @pytest.mark.timeout(600)
 def test_quick_tasks_are_learned() -> None:
-    """What the quick set-up promises; half a minute on an idle core, and longer with more threads, as models are small."""
+    """What the quick set-up promises; half a minute on an idle core, and with more threads longer."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
