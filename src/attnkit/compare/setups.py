@@ -1,7 +1,8 @@
 """How long, how wide and how fast the decoders of ``attnkit compare`` are trained.
 
-Every figure here was found by training multi-head attention on two cores (AMD EPYC Zen 5, one thread a training) until
-it learned in the time it gets; ``docs/notes/training.md`` tells what was tried.
+The figures of the quick set-up were found by training multi-head attention on two cores (AMD EPYC Zen 5, one thread a
+training) until it learned in the time it gets; ``docs/notes/training.md`` tells what was tried. The full set-up has the
+same rates and the same kind of stages, with more of everything.
 """
 
 from __future__ import annotations
