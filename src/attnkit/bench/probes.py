@@ -46,9 +46,8 @@ class Limits:
 class Probe:
     """Measures one limit again and again, a few hundredths of a second each; ``best`` is the highest figure so far.
 
-    Interference only ever lowers a figure, so the best of many is the limit. The probes of a row run between its
-    kernels: on a shared machine clock and neighbours change within minutes, and a share of a limit measured earlier
-    would mix two machines.
+    The probes of a row run between its kernels: on a shared machine clock and neighbours change within seconds (47 and
+    84 GB/s of reading were seen a minute apart), and a share of a limit measured earlier would mix two machines.
     """
 
     def __init__(self, limit: Limit, threads: int) -> None:
@@ -60,8 +59,10 @@ class Probe:
         else:  # without the instruction bfloat16 is widened, and float32 arithmetic is the limit
             self._run = partial(native.fma_gflops, threads, PROBE_SECONDS)
 
-    def __call__(self) -> None:
-        self.best = max(self.best, self._run())
+    def __call__(self) -> float:
+        figure: float = self._run()
+        self.best = max(self.best, figure)
+        return figure
 
 
 def limits(threads: Sequence[int] = ()) -> Limits:

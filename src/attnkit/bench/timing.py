@@ -28,9 +28,11 @@ CHECKED_PREFILL, CHECKED_DECODE = 201, 4099
 class Result:
     """One row: median milliseconds, 1e9 operations or bytes a second, the limit in the same unit, and the floors.
 
-    ``ratio`` is torch's time over ours and ``share`` our part of the limit; both are None when ``wrong`` says that our
-    result on a small call of this kind differs from the definition: a wrong result has no speed. ``others`` is the
-    number of cores that other programs kept busy meanwhile, ``spread`` the middle half of our times over their median.
+    ``ratio`` is torch's time over ours and ``share`` our part of the limit, medians of what each round gave: a round is
+    short enough that its limit, ours and torch's met the same machine. ``limit`` is the median of those limits. Ratio
+    and share are None when ``wrong`` says that our result on a small call of this kind differs from the definition: a
+    wrong result has no speed. ``others`` is the number of cores that other programs kept busy meanwhile, ``spread``
+    the middle half of our times over their median.
     """
 
     id: str
@@ -89,6 +91,7 @@ def measure(case: Case, *, flex: bool = False) -> Result:
     calls = {name: partial(case.spec.function, **arguments, backend=name) for name in names}
     probe = Probe(case.limit, torch.get_num_threads())
     times: dict[str, list[float]] = {name: [] for name in names}
+    found_limits: list[float] = []
     for call in calls.values():
         call()
     # Time that others take from the only thread does not count; that of several threads waiting for one another must.
@@ -99,15 +102,19 @@ def measure(case: Case, *, flex: bool = False) -> Result:
         for name, call in calls.items():
             # Before every run, ours and theirs: reading the probe's memory leaves both with cold caches, as the other
             # layers of a model do.
-            probe()
+            limit = probe()
             start = clock()
             call()
             times[name].append(clock() - start)
+            if name == OURS:
+                found_limits.append(limit)
     seconds = {name: median(found) for name, found in times.items()}
     first, _, third = quantiles(times[OURS])
     cost = case.cost()
     unit, amount = ("GB/s", cost.bytes) if case.limit == "read" else ("GFLOP/s", cost.flops)
     rate = amount / seconds[OURS] / 1e9
+    share = median(amount / took / 1e9 / limit for took, limit in zip(times[OURS], found_limits, strict=True))
+    ratio = median(theirs / ours for ours, theirs in zip(times[OURS], times[TORCH], strict=True))
     return Result(
         id=case.id,
         work=case.work,
@@ -121,9 +128,9 @@ def measure(case: Case, *, flex: bool = False) -> Result:
         flex_ms=seconds[FLEX] * 1e3 if FLEX in seconds else None,
         rate=rate,
         unit=unit,
-        limit=probe.best,
-        ratio=None if wrong else seconds[TORCH] / seconds[OURS],
-        share=None if wrong else rate / probe.best,
+        limit=median(found_limits),
+        ratio=None if wrong else ratio,
+        share=None if wrong else share,
         floor_ratio=case.floor_ratio,
         floor_share=case.floor_share,
         wrong=wrong,
