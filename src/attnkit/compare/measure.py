@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -41,13 +41,13 @@ class SpeedPlan:
     vocab: int = 256
     window: int = 128
     prompt: int = 2048
-    contexts: tuple[int, ...] = (256, 1024, 4096)
-    rounds: int = 5
+    contexts: tuple[int, ...] = (512, 2048, 8192)
+    rounds: int = 7
     steps: int = 8
 
 
 QUICK = SpeedPlan()
-FULL = SpeedPlan(prompt=4096, contexts=(256, 1024, 4096, 16384), rounds=9, steps=16)
+FULL = SpeedPlan(prompt=4096, contexts=(512, 2048, 8192, 16384), rounds=15)
 _CHUNK = 512
 """Tokens fed at once to reach a context."""
 
@@ -61,25 +61,25 @@ class _Subject:
         self.states = self.model.states(1, plan.contexts[-1])
         self.held = 0
 
-    def prefill(self) -> list[float]:
+    def prefill(self) -> float:
         """Seconds for the prompt."""
         start = time.perf_counter()
         self.model(self.tokens[:, : self.plan.prompt])
-        return [time.perf_counter() - start]
+        return time.perf_counter() - start
 
     def feed(self, until: int) -> None:
         """Bring the states to ``until`` tokens."""
         while self.held < until:
             self._step(min(_CHUNK, until - self.held))
 
-    def decode(self) -> list[float]:
-        """Seconds for each of the next few tokens."""
+    def decode(self) -> float:
+        """Seconds for a token: the median of the next few, of which the first finds the weights out of cache."""
         seconds = []
         for _ in range(self.plan.steps):
             start = time.perf_counter()
             self._step(1)
             seconds.append(time.perf_counter() - start)
-        return seconds
+        return median(seconds)
 
     def _step(self, count: int) -> None:
         _, self.states = self.model.step(self.tokens[:, self.held : self.held + count], self.states)
@@ -113,28 +113,28 @@ def speed(rows: Sequence[Row], plan: SpeedPlan, progress: Progress) -> list[Line
     turns = count(1)
     total = len(rows) * (1 + plan.rounds) * (1 + len(plan.contexts))
 
-    def measure(warm: Callable[[_Subject], object], once: Callable[[_Subject], list[float]]) -> list[_Timing]:
+    def measure(once: Callable[[_Subject], float]) -> list[_Timing]:
         """Warm every subject up, watching what runs; then let them take turns."""
         backends, seconds = [], [list[float]() for _ in rows]
         for subject in subjects:
             with watch() as ran:
-                warm(subject)
+                once(subject)
             backends.append("+".join(sorted({backend for _, backend in ran})))
             progress(next(turns) / total)
         for _ in range(plan.rounds):
             for subject, mine in zip(subjects, seconds, strict=True):
-                mine += once(subject)
+                mine.append(once(subject))
                 progress(next(turns) / total)
         return [_timing(mine, backend) for mine, backend in zip(seconds, backends, strict=True)]
 
     others = Others()
-    prefill = measure(_Subject.prefill, _Subject.prefill)
+    prefill = measure(_Subject.prefill)
     decode = []
     for context in plan.contexts:
         start = context - (1 + plan.rounds) * plan.steps
         for subject in subjects:
             subject.feed(start)
-        decode.append(measure(_Subject.decode, _Subject.decode))
+        decode.append(measure(_Subject.decode))
     lines = []
     for index, subject in enumerate(subjects):
         allocated, predicted = cache(subject.model, longest)
@@ -154,7 +154,7 @@ def speed(rows: Sequence[Row], plan: SpeedPlan, progress: Progress) -> list[Line
                 "cache_allocated": allocated,
                 "cache_predicted": predicted,
                 "context": longest,
-                "spread": round(max(timings[index].spread for timings in (prefill, *decode)), 4),
+                "spread": round(max(timings[index].spread for timings in (prefill, decode[-1])), 4),
                 "others": round(others.cores(), 2),
             }
         )
@@ -163,7 +163,7 @@ def speed(rows: Sequence[Row], plan: SpeedPlan, progress: Progress) -> list[Line
 
 @dataclass(frozen=True)
 class _Timing:
-    """A median of seconds, and how wide the middle half of them is, in parts of it."""
+    """The median of the rounds, and how wide their middle half is, in parts of it."""
 
     seconds: float
     spread: float

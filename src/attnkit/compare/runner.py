@@ -26,7 +26,7 @@ from attnkit.spec import LayerPlace
 
 # What parts took on two cores of a Zen 5; it only weighs them against each other for the time left.
 LIMITS = Job("limits of this machine", 1.0)
-KERNEL_SECONDS, SPEED_SECONDS = 2.5, 1.5
+KERNEL_SECONDS, SPEED_SECONDS = 2.5, 3.5
 MASK_CELLS = 24
 WIDTH = 160
 """Columns where there is no terminal to ask."""
@@ -136,7 +136,7 @@ class _Run:
                 place = LayerPlace(shape.width, shape.heads, shape.window, layer, shape.layers)
                 mask = getattr(row.preset.configure(place), "mask", None)
                 if isinstance(mask, Mask):
-                    masks.setdefault(mask, f"{row.preset.title}, layer {layer + 1}" if masks else row.preset.title)
+                    masks.setdefault(mask, f"layer {layer + 1}: {row.preset.title}" if masks else row.preset.title)
             for mask, title in masks.items():
                 about = {"kind": "mask", "row": row.name, "title": title}
                 if about not in self.results:
@@ -222,4 +222,4 @@ def _kernel_job(case: bench.Case) -> Job:
 def _training_seconds(shape: Shape, tokens: int) -> float:
     """On one core; a token costs as much as its share of the parameters, and something for the rest."""
     weights = shape.layers * shape.width * (4 * shape.width + 3 * shape.hidden)
-    return tokens * (weights + 1e6) / 3.5e10
+    return tokens * (weights + 4e5) / 1.9e10
