@@ -38,7 +38,8 @@ PRESETS = (
         "dilated",
         "Dilated window",
         "arXiv 2004.05150",
-        lambda p: _rotary(p, mask=dilated_window(p.window, 2)),
+        # Not in every layer: with the same dilation throughout, positions of odd distance would never meet.
+        lambda p: _rotary(p, mask=window(p.window) if p.layer % 2 else dilated_window(p.window, 2)),
     ),
     Preset(
         "strided",
