@@ -72,8 +72,8 @@ def test_lines_are_printed_and_kept(run: Any, tmp_path: Path) -> None:
     head, limits, first, _ = printed
     assert head["attnkit"] == attnkit.__version__ and head["machine"]["level"] == native.get_level()
     assert set(limits["fma_gflops"]) >= {"1"}
-    assert first["ratio"] == pytest.approx(first["sdpa_ms"] / first["ours_ms"], rel=1e-2)
-    assert first["share"] == pytest.approx(first["rate"] / first["limit"], rel=1e-2)
+    reached = first["ratio"] >= first["floor_ratio"] and first["share"] >= (first["floor_share"] or 0)
+    assert first["holds"] == reached and min(first["ratio"], first["share"], first["limit"]) > 0
     assert first["rounds"] >= 7
     assert [entry.name for entry in path.parent.iterdir()] == ["r.jsonl"]
 

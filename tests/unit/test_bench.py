@@ -195,3 +195,9 @@ def test_the_commit_is_that_of_the_checkout(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert bench.commit() is None
+
+
+def test_each_call_is_judged_by_the_limit_it_met():
+    probed = [1.0, 3.0, 2.0, 5.0, 4.0, 1.0]  # before ours, before torch's, before ours, ...
+    assert timing._limits(probed, 2, moving=True) == [3.0, 5.0, 4.0]
+    assert timing._limits(probed, 2, moving=False) == [5.0, 5.0, 5.0]
