@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnkit.registry import get
+from attnkit.registry import get, mechanisms
 from attnkit.spec import Mechanism
+from attnkit.testing import mutants
 from attnkit.testing.laws import LAWS
-from attnkit.testing.mutants import BACKEND, MUTANTS, wrong_backend
+from attnkit.testing.mutants import BACKEND, wrong_backend
 
 # A wrong scale or a lost key hides in the rounding of half precision; mutants repeat themselves as well as the truth.
 IN_FLOAT32 = [law for law in LAWS.values() if law.name not in ("definition_in_half_precision", "deterministic")]
@@ -31,21 +32,26 @@ def killers(spec: Mechanism) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_softmax_mutant_is_killed(name: str) -> None:
-    mutant = MUTANTS[name]
-    with mutant.planted(get("softmax")) as spec:
+PLANTED = [(name, mutant) for name in mechanisms() for mutant in mutants.of(name)]
+
+
+@pytest.mark.parametrize(("mechanism", "name"), PLANTED, ids=[f"{mechanism}-{name}" for mechanism, name in PLANTED])
+def test_mutant_is_killed(mechanism: str, name: str) -> None:
+    mutant = mutants.of(mechanism)[name]
+    with mutant.planted(get(mechanism)) as spec:
         found = killers(spec)
-    print(f"{name:24} {mutant.mistake:58} {', '.join(found)}")
-    assert found, f"no law notices the mutant {name}: {mutant.mistake}"
+    print(f"{mechanism:12} {name:24} {mutant.mistake:58} {', '.join(found)}")
+    assert found, f"no law notices the mutant {name} of {mechanism}: {mutant.mistake}"
 
 
-def test_softmax_definition_is_not_killed() -> None:
+@pytest.mark.parametrize("mechanism", mechanisms())
+def test_definition_is_not_killed(mechanism: str) -> None:
     """The control: the same machinery around the right program."""
-    spec = get("softmax")
+    spec = get(mechanism)
     with wrong_backend(spec, spec.reference) as control:
         assert killers(control) == []
 
 
-def test_mutants_are_many() -> None:
-    assert len(MUTANTS) >= 40
+@pytest.mark.parametrize("mechanism", mechanisms())
+def test_mutants_are_planted(mechanism: str) -> None:
+    assert len(mutants.of(mechanism)) >= (40 if mechanism == "softmax" else 2)

@@ -143,7 +143,7 @@ def test_a_broken_ring_is_noticed() -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
     from attnkit.registry import get
-    from attnkit.testing.mutants import MUTANTS
+    from attnkit.testing.mutants.softmax import MUTANTS
 
     with MUTANTS["ring_off_by_one"].planted(get("softmax")), pytest.raises((AssertionError, ExceptionGroup)):
         run_state_machine_as_test(WindowMachine, settings=WindowMachine.TestCase.settings)

@@ -1,17 +1,10 @@
-"""Programs that are wrong on purpose, each with one mistake that somebody really made: a suite has to notice them all.
-
-A mutant of the arithmetic is a backend that spoils the call and then runs the definition. A mutant of the bookkeeping
-replaces one named function for the length of a ``with`` block.
-"""
+"""Wrong programs of softmax attention: masks, scale, sinks, soft-cap, bias, heads, log-sum-exp, caches."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -24,56 +17,10 @@ from attnkit.masks.held import BlockSparse, Documents, Padding
 from attnkit.masks.patterns import Chunked, Dilated, Fixed, GlobalTokens, Interval, Prefix, Strided
 from attnkit.mechanisms.softmax import SoftmaxAttention
 from attnkit.positions import Rotary
-from attnkit.spec import Backend, Mechanism
 from attnkit.state import KVState, WindowState
+from attnkit.testing.mutants import Mutants
 
-BACKEND = "mutant"
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One mistake. ``planted(spec)`` gives the mechanism with a backend ``mutant`` that makes it."""
-
-    name: str
-    mistake: str
-    planted: Callable[[Mechanism], AbstractContextManager[Mechanism]]
-
-
-MUTANTS: dict[str, Mutant] = {}
-
-
-@contextmanager
-def wrong_backend(spec: Mechanism, forward: Callable[..., Any]) -> Iterator[Mechanism]:
-    """``spec`` with one more backend that runs ``forward``, for its layer as well."""
-    wrong = dataclasses.replace(spec, backends=(Backend(BACKEND, lambda: forward), *spec.backends))
-    with mock.patch.object(sys.modules[spec.function.__module__], "SPEC", wrong):
-        yield wrong
-
-
-def _calling(name: str, mistake: str, spoil: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """A mutant that runs the definition on a spoilt call."""
-    MUTANTS[name] = Mutant(
-        name, mistake, lambda spec: wrong_backend(spec, lambda **call: spec.reference(**{**call, **spoil(call)}))
-    )
-
-
-def _returning(name: str, mistake: str, spoil: Callable[[dict[str, Any], Any], Any]) -> None:
-    """A mutant that spoils what the definition returned."""
-    MUTANTS[name] = Mutant(
-        name, mistake, lambda spec: wrong_backend(spec, lambda **call: spoil(call, spec.reference(**call)))
-    )
-
-
-def _replacing(name: str, mistake: str, owner: Any, attribute: str, wrong: Callable[[Any], Any]) -> None:
-    """A mutant in which ``owner.attribute`` is ``wrong(the right one)``."""
-
-    @contextmanager
-    def planted(spec: Mechanism) -> Iterator[Mechanism]:
-        right = mock.patch.object(owner, attribute, wrong(getattr(owner, attribute)))
-        with right, wrong_backend(spec, spec.reference) as planted_spec:
-            yield planted_spec
-
-    MUTANTS[name] = Mutant(name, mistake, planted)
+MUTANTS = Mutants()
 
 
 def _masking(name: str, mistake: str, spoil: Callable[[Mask, int, int], Mask]) -> None:
@@ -89,7 +36,9 @@ def _masking(name: str, mistake: str, spoil: Callable[[Mask, int, int], Mask]) -
                 return None
         return spoil(mask, m, n)
 
-    _calling(name, mistake, lambda call: {"mask": rewritten(call["mask"], call["q"].shape[2], call["k"].shape[2])})
+    MUTANTS.calling(
+        name, mistake, lambda call: {"mask": rewritten(call["mask"], call["q"].shape[2], call["k"].shape[2])}
+    )
 
 
 class _Seen(Mask):
@@ -207,30 +156,30 @@ def _capped_before_scale(call: dict[str, Any]) -> dict[str, Any]:
     return {"softcap": call["softcap"] and call["softcap"] * call["scale"]}
 
 
-_calling("scale_1_percent", "scale 1 % too large", lambda call: {"scale": call["scale"] * 1.01})
-_calling(
+MUTANTS.calling("scale_1_percent", "scale 1 % too large", lambda call: {"scale": call["scale"] * 1.01})
+MUTANTS.calling(
     "scale_of_value_size", "scale from the value size", lambda call: {"scale": max(1, call["v"].shape[-1]) ** -0.5}
 )
-_calling("cap_before_scale", "soft-cap on the wrong side of the scale", _capped_before_scale)
-_calling("softcap_dropped", "soft-cap accepted and ignored", _dropped("softcap"))
-_calling("sink_dropped", "sink accepted and ignored", _dropped("sink"))
-_calling("bias_dropped", "bias accepted and ignored", _dropped("bias"))
-_calling("alibi_dropped", "ALiBi accepted and ignored", _dropped("alibi"))
-_calling("mask_dropped", "mask lost on one road", _dropped("mask"))
-_calling(
+MUTANTS.calling("cap_before_scale", "soft-cap on the wrong side of the scale", _capped_before_scale)
+MUTANTS.calling("softcap_dropped", "soft-cap accepted and ignored", _dropped("softcap"))
+MUTANTS.calling("sink_dropped", "sink accepted and ignored", _dropped("sink"))
+MUTANTS.calling("bias_dropped", "bias accepted and ignored", _dropped("bias"))
+MUTANTS.calling("alibi_dropped", "ALiBi accepted and ignored", _dropped("alibi"))
+MUTANTS.calling("mask_dropped", "mask lost on one road", _dropped("mask"))
+MUTANTS.calling(
     "alibi_sign", "far keys gain", lambda call: {"alibi": call["alibi"] if call["alibi"] is None else -call["alibi"]}
 )
-_calling(
+MUTANTS.calling(
     "alibi_halved",
     "slopes halved",
     lambda call: {"alibi": call["alibi"] if call["alibi"] is None else call["alibi"] / 2},
 )
-_calling("tiled_heads", "query head h reads KV head h % g", _tiled_heads)
-_calling("values_from_keys", "the key cache is read for values", _values_from_keys)
-_calling("first_key_lost", "the oldest key is skipped", lambda call: _hidden(call, 0))
-_calling("last_key_lost", "the ragged end is skipped", lambda call: _hidden(call, -1))
-_calling("dropout_ignored", "dropout accepted and ignored", lambda call: {"dropout": 0.0})
-_calling("seed_ignored", "every call drops the same weights", lambda call: {"seed": call["seed"] and 1})
+MUTANTS.calling("tiled_heads", "query head h reads KV head h % g", _tiled_heads)
+MUTANTS.calling("values_from_keys", "the key cache is read for values", _values_from_keys)
+MUTANTS.calling("first_key_lost", "the oldest key is skipped", lambda call: _hidden(call, 0))
+MUTANTS.calling("last_key_lost", "the ragged end is skipped", lambda call: _hidden(call, -1))
+MUTANTS.calling("dropout_ignored", "dropout accepted and ignored", lambda call: {"dropout": 0.0})
+MUTANTS.calling("seed_ignored", "every call drops the same weights", lambda call: {"seed": call["seed"] and 1})
 
 
 def _split(found: Any) -> tuple[Tensor, Tensor | None]:
@@ -274,11 +223,11 @@ def _last_batch_row(call: dict[str, Any], found: Any) -> Any:
     return _joined(torch.cat([o[:-1], o[:1]]) if o.shape[0] > 1 else o, lse)
 
 
-_returning("lse_base_2", "log-sum-exp in base 2", _lse_base_2)
-_returning("lse_without_sink", "log-sum-exp without the sink", _sink_forgotten_in_lse)
-_returning("sink_counted", "the sink's value reaches the output", _sink_counted)
-_returning("mean_of_values", "an empty row gives the mean of the values", _mean_of_values)
-_returning("batch_offset", "the last sequence is read from the first", _last_batch_row)
+MUTANTS.returning("lse_base_2", "log-sum-exp in base 2", _lse_base_2)
+MUTANTS.returning("lse_without_sink", "log-sum-exp without the sink", _sink_forgotten_in_lse)
+MUTANTS.returning("sink_counted", "the sink's value reaches the output", _sink_counted)
+MUTANTS.returning("mean_of_values", "an empty row gives the mean of the values", _mean_of_values)
+MUTANTS.returning("batch_offset", "the last sequence is read from the first", _last_batch_row)
 
 
 def _without_weights(right: Any) -> Any:
@@ -337,10 +286,10 @@ def _shared_fork(right: Any) -> Any:
     return fork
 
 
-_replacing("merge_without_weights", "parts averaged whatever their weight", attnkit, "merge", _without_weights)
-_replacing("ring_off_by_one", "a wrapped ring writes one slot late", WindowState, "_write", _ring_off_by_one)
-_replacing("step_position_plus_1", "a decoding step rotates by the next position", Rotary, "rotate", _next_position)
-_replacing("rotary_layout", "decoding pairs channels in the other style", Rotary, "rotate", _other_style_in_steps)
-_replacing("dropout_in_eval", "dropout stays on in evaluation", SoftmaxAttention, "_attend", _always_training)
-_replacing("crop_keeps_one", "a rejected token stays in the cache", KVState, "crop", _crop_keeps_one)
-_replacing("shared_fork", "a fork writes into its origin's memory", KVState, "fork", _shared_fork)
+MUTANTS.replacing("merge_without_weights", "parts averaged whatever their weight", attnkit, "merge", _without_weights)
+MUTANTS.replacing("ring_off_by_one", "a wrapped ring writes one slot late", WindowState, "_write", _ring_off_by_one)
+MUTANTS.replacing("step_position_plus_1", "a step rotates by the next position", Rotary, "rotate", _next_position)
+MUTANTS.replacing("rotary_layout", "steps pair channels in the other style", Rotary, "rotate", _other_style_in_steps)
+MUTANTS.replacing("dropout_in_eval", "dropout stays on in evaluation", SoftmaxAttention, "_attend", _always_training)
+MUTANTS.replacing("crop_keeps_one", "a rejected token stays in the cache", KVState, "crop", _crop_keeps_one)
+MUTANTS.replacing("shared_fork", "a fork writes into its origin's memory", KVState, "fork", _shared_fork)
