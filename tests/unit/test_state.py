@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from attnkit.state import KVState, View, WindowState
+from attnkit.state import KVState, TokenState, View, WindowState
 
 BATCH, HEADS, KEY, VALUE = 2, 1, 1, 2
 
@@ -111,6 +111,38 @@ class KVMachine(_Machine):
         return set(range(len(held)))
 
 
+class _AsView:
+    """A ``TokenState`` of keys, values and a lone column, seen as the machine sees a state of keys and values."""
+
+    def __init__(self, tokens: TokenState) -> None:
+        self.tokens = tokens
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> View:
+        return self._view(self.tokens.append(k=k, v=v, mark=k.double()))
+
+    def view(self) -> View:
+        return self._view(self.tokens.view())
+
+    def fork(self) -> _AsView:
+        return _AsView(self.tokens.fork())
+
+    def select(self, rows: torch.Tensor) -> _AsView:
+        return _AsView(self.tokens.select(rows))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokens, name)
+
+    def _view(self, held: dict[str, torch.Tensor]) -> View:
+        assert torch.equal(held["mark"], held["k"].double())
+        return View(held["k"], held["v"], self.tokens.length)
+
+
+class TokenMachine(KVMachine):
+    def fresh(self) -> Any:
+        fields = {"k": (HEADS, KEY), "v": (HEADS, VALUE), "mark": (HEADS, 1)}
+        return _AsView(TokenState(BATCH, 40, fields, dtypes={"mark": torch.float64}))
+
+
 class WindowMachine(_Machine):
     window, sinks = 4, 2
 
@@ -131,9 +163,10 @@ class WindowWithoutSinksMachine(WindowMachine):
     window, sinks = 3, 0
 
 
-for machine in (KVMachine, WindowMachine, WindowWithoutSinksMachine):
+for machine in (KVMachine, TokenMachine, WindowMachine, WindowWithoutSinksMachine):
     machine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
 TestKVState = KVMachine.TestCase
+TestTokenState = TokenMachine.TestCase
 TestWindowState = WindowMachine.TestCase
 TestWindowStateWithoutSinks = WindowWithoutSinksMachine.TestCase
 
@@ -178,6 +211,8 @@ def test_cropping_what_was_just_appended_leaves_no_trace(kept: int) -> None:
 
 def test_bytes_are_those_allocated() -> None:
     assert KVState(2, 3, 10, 4, 8, dtype=torch.bfloat16).nbytes == 2 * 3 * 10 * (4 + 8) * 2
+    tokens = TokenState(2, 10, {"a": (3, 4), "b": (5, 1)}, dtype=torch.bfloat16, dtypes={"b": torch.float32})
+    assert tokens.nbytes == 2 * 10 * (3 * 4 * 2 + 5 * 1 * 4)
     assert WindowState(2, 3, 6, 4, 8, sinks=2).nbytes == 2 * 3 * (6 + 2) * (4 + 8) * 4
 
 
@@ -185,7 +220,8 @@ def test_fresh_memory_is_not_read() -> None:
     """An uninitialised NaN behind a mask is NaN to a backend that multiplies by 0."""
     state = KVState(1, 1, 5, 2)
     state.append(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
-    assert not state._k[:, :, 2:].any() and not state._v[:, :, 2:].any()
+    for buffer in state._tokens._buffers.values():
+        assert not buffer[:, :, 2:].any()
 
 
 K1 = torch.zeros(1, 2, 3, 4)
@@ -202,6 +238,20 @@ REFUSALS: list[tuple[Any, type[Exception], str]] = [
     (lambda: KVState(1, 2, 9, 4).append(K1[0], K1[0]), ValueError, "k has 3 dimensions"),
     (lambda: KVState(1, 2, 9, 4).crop(1), ValueError, "length is 1, expected 0 to 0"),
     (lambda: WindowState(1, 2, 9, 4).crop(-1), ValueError, "length is -1"),
+    (lambda: TokenState(1, 2, {"u": (0, 4)}), ValueError, "TokenState got batch 1, capacity 2 and u 0 x 4"),
+    (lambda: TokenState(1, 2, {}), ValueError, "no tensors, expected >= 1 of each"),
+    (lambda: TokenState(1, 2, {"u": (2, 4)}, dtypes={"x": torch.half}), ValueError, "dtypes names ['x'], expected"),
+    (lambda: TokenState(1, 9, {"u": (2, 4)}).append(x=K1), TypeError, "got ['x'], expected ['u']"),
+    (
+        lambda: TokenState(1, 9, {"u": (2, 5)}).append(u=K1),
+        ValueError,
+        "u has shape (1, 2, 3, 4), expected (1, 2, 3, 5)",
+    ),
+    (
+        lambda: TokenState(1, 2, {"u": (2, 4)}).append(u=K1),
+        ValueError,
+        "TokenState.append: holds 0 of 2 tokens and got",
+    ),
 ]
 
 

@@ -1,9 +1,10 @@
-"""Decoding states: tensors and bookkeeping, no attention maths. ``append`` returns a ``View`` to attend to."""
+"""Decoding states: tensors and bookkeeping, no attention maths. ``append`` returns what there is to attend to."""
 
 from __future__ import annotations
 
 from attnkit.state.kv import KVState
+from attnkit.state.tokens import TokenState
 from attnkit.state.view import View
 from attnkit.state.window import WindowState
 
-__all__ = ["KVState", "View", "WindowState"]
+__all__ = ["KVState", "TokenState", "View", "WindowState"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnkit.state.kv import check_new_tokens
+from attnkit.state.tokens import check_new_tokens
 from attnkit.state.view import View
 
 
@@ -53,7 +53,7 @@ class WindowState:
         most ``sinks + window + m`` tokens, because the oldest keys are visible to the first of them and gone for the
         last.
         """
-        m = check_new_tokens("WindowState.append", k, v, self._k, self._v)
+        m = check_new_tokens("WindowState.append", {"k": k, "v": v}, {"k": self._k, "v": self._v})
         start, self.length = self.length, self.length + m
         new = torch.arange(start, self.length, device=self._k.device)
         if m == 1:
