@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from attnkit.state.kv import KVState
+from attnkit.state.rewritten import RewrittenState
 from attnkit.state.tokens import TokenState
 from attnkit.state.view import View
 from attnkit.state.window import WindowState
 
-__all__ = ["KVState", "TokenState", "View", "WindowState"]
+__all__ = ["KVState", "RewrittenState", "TokenState", "View", "WindowState"]

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from attnkit.spec import Mechanism
-from attnkit.testing import samplers
-from attnkit.testing.laws.base import along, assert_equals_call, assert_same, law, run, sample
+from attnkit.testing import runs, samplers
+from attnkit.testing.budgets import assert_within
+from attnkit.testing.laws.base import along, assert_equals_call, law, run, sample
 
 
 @law(examples=12)
@@ -46,7 +47,9 @@ def head_order(spec: Mechanism, backend: str, rng: random.Random) -> None:
     groups = torch.tensor(rng.sample(range(g), g))
     heads = (groups[:, None] * r + torch.arange(r)).flatten()
     permuted = run(spec, backend, {**arguments, **_heads_permuted(arguments, g, g * r, groups, heads)})[0]
-    assert_same(permuted, clean[:, heads], f"KV heads in order {groups.tolist()}")
+    # Not bit for bit: how a matrix product rounds may depend on where in memory its head starts.
+    gold, naive = (x[0][:, heads].clone() for x in (runs.gold(spec, arguments), runs.naive(spec, arguments)))
+    assert_within(permuted, gold, naive, torch.float32, what=f"KV heads in order {groups.tolist()}")
     own = rng.randrange(g)
     changed = {name: x.clone() for name, x in along(arguments, 1, g).items() if name != "q"}
     for x in changed.values():

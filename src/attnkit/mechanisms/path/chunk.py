@@ -1,0 +1,114 @@
+"""The blockwise form: queries of a block walk back over earlier blocks, changed by one d x d matrix a block.
+
+Memory is the n x d of the moved keys, a matrix a block, and one block's logits; training computes each block of
+queries again in the backward. The arithmetic is that of softmax attention and as much again for the walk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+
+from attnkit.masks import causal
+from attnkit.mechanisms.path.householder import Run, lawful
+from attnkit.mechanisms.softmax import softmax_attention
+
+# The walk multiplies by d x d, a block's own work is BLOCK x BLOCK a token: both are small next to the rest at 64.
+BLOCK = 64
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, log_f: Tensor | None, scale: float) -> Tensor:
+    m, n = q.shape[2], k.shape[2]
+    work = torch.promote_types(q.dtype, torch.float32)
+    w, beta, spoiled = lawful(w, beta, work)
+    blocks = -(-n // BLOCK)
+    tail = blocks * BLOCK - n
+    # A token with beta = 0 and w = 0 reflects nothing, and nobody sees its key: it fills the last block.
+    keys, directions = (pad(x.to(work), (0, 0, 0, tail)).unflatten(2, (-1, BLOCK)) for x in (k, w))
+    run = Run.of(keys, directions, pad(beta, (0, tail)).unflatten(2, (-1, BLOCK)))
+    # Taken apart once: a slice at every use would fill a gradient of the whole tensor for each of them.
+    moved, products = run.moved().unbind(2), run.product().unbind(2)
+    own = [Run(*parts) for parts in zip(*(x.unbind(2) for x in (run.k, run.w, run.t, run.x)), strict=True)]
+    total = None if log_f is None else log_f.to(work).cumsum(-1)
+    rows = []
+    for block in range((n - m) // BLOCK, blocks):
+        start, end = block * BLOCK, min(n, (block + 1) * BLOCK)
+        first = max(start, n - m)
+        parts = (
+            q[:, :, first - (n - m) : end - (n - m)].to(work),
+            v[:, :, :end],
+            own[block],
+            moved[:block],
+            products[:block],
+            spoiled[:, :, first:end],
+            None if total is None else total[:, :, :end],
+            scale,
+        )
+        if torch.is_grad_enabled() and blocks > 1:
+            rows.append(checkpoint(_rows, *parts, use_reentrant=False, preserve_rng_state=False))
+        else:
+            rows.append(_rows(*parts))
+    return torch.cat(rows, 2).to(q.dtype)
+
+
+def _rows(
+    q: Tensor,
+    v: Tensor,
+    own: Run,
+    moved: Sequence[Tensor],
+    products: Sequence[Tensor],
+    spoiled: Tensor,
+    total: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """One block's queries ``(b, h, m, d)`` over all keys to its end.
+
+    ``moved`` (b, g, s, d) and ``products`` (b, g, d, d) are those of each block before.
+    """
+    (b, h, m, d), (g, n) = q.shape, v.shape[1:3]
+    before = len(moved)
+    past = n - before * BLOCK - m
+    wide = Run(*(x[:, :, None] for x in (own.k, own.w, own.t, own.x)))
+    local, at_start = wide.local(q.reshape(b, g, h // g, m, d), past)
+    strips, walking = [local.flatten(2, 3)[..., : n - before * BLOCK]], at_start.flatten(2, 3)
+    for block in range(before - 1, -1, -1):
+        strips.append(walking @ moved[block].mT)
+        if block:
+            walking = walking - walking @ products[block]
+    logits = (torch.cat(strips[::-1], -1) * scale).unflatten(2, (h // g, m)) + spoiled[:, :, None, :, None]
+    return known_logits(logits.flatten(1, 2), v, total)
+
+
+def known_logits(logits: Tensor, v: Tensor, total: Tensor | None) -> Tensor:
+    """Causal softmax attention ``(b, h, m, e)`` for given logits ``(b, h, m, n)`` and summed gates ``(b, h, n)``."""
+    (b, h, m, n), g = logits.shape, v.shape[1]
+    if total is not None:
+        logits = logits + (total[:, :, n - m :, None] - total[:, :, None])
+    # Its own product of queries and keys is 0.
+    none = v.new_zeros(b, h, m, 1), v.new_zeros(b, g, n, 1)
+    o: Tensor = softmax_attention(*none, v, mask=causal(), scale=1.0, bias=logits)
+    return o
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, total: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """New tokens over a state: see ``path_attention_step``. Keys of the past move on with every block."""
+    (b, h, m, d), (g, n) = q.shape, k.shape[1:3]
+    work = torch.promote_types(q.dtype, torch.float32)
+    w, beta, spoiled = lawful(w, beta, work)
+    keys, rows = k[:, :, : n - m].to(work), []
+    for start in range(0, m, BLOCK):
+        end, known = min(m, start + BLOCK), n - m + min(m, start + BLOCK)
+        run = Run.of(k[:, :, n - m + start : known].to(work), w[:, :, start:end], beta[:, :, start:end])
+        wide = Run(*(x[:, :, None] for x in (run.k, run.w, run.t, run.x)))
+        local, at_start = wide.local(q[:, :, start:end].to(work).reshape(b, g, h // g, -1, d))
+        logits = torch.cat([at_start @ keys[:, :, None].mT, local], -1) * scale
+        logits = (logits + spoiled[:, :, None, start:end, None]).flatten(1, 2)
+        rows.append(known_logits(logits, v[:, :, :known], None if total is None else total[:, :, :known]))
+        keys = torch.cat([run.move(keys), run.moved()], 2)
+    return torch.cat(rows, 2).to(q.dtype), keys
