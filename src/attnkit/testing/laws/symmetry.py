@@ -20,17 +20,24 @@ def batch_peers(spec: Mechanism, backend: str, rng: random.Random) -> None:
     n = rng.choice((1, 17, 65))
     arguments = sample(spec, rng, b=b, h=4, g=2, m=n, n=n, d=16, e=8)
     slot, other = rng.sample(range(b), 2)
-    batched = along(arguments, 0, b)
+    batched = along(arguments, 0, b) | _integers_of(arguments, b)
     alone = {**arguments, **{name: x[slot : slot + 1].clone() for name, x in batched.items()}}
     found = run(spec, backend, arguments)[0][slot : slot + 1]
     assert_equals_call(found, spec, alone, f"slot {slot} of {b}")
     order = torch.randperm(b)
     mixed = {name: x[order].clone() for name, x in batched.items()}
     for x in mixed.values():
-        x[int((order == other).nonzero())] = torch.nan
+        if x.is_floating_point():
+            x[int((order == other).nonzero())] = torch.nan
     place = int((order == slot).nonzero())
     moved = run(spec, backend, {**arguments, **mixed})[0][place : place + 1]
     assert_equals_call(moved, spec, alone, f"slot {slot} of {b} moved to {place} beside a NaN sequence")
+
+
+def _integers_of(arguments: dict[str, Any], b: int) -> dict[str, torch.Tensor]:
+    """Lengths and the like: integers of each sequence, which along() leaves out."""
+    found = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor) and not x.is_floating_point()}
+    return {name: x for name, x in found.items() if x.dim() and len(x) == b}
 
 
 @law(examples=12)
@@ -64,7 +71,9 @@ def _heads_permuted(
 ) -> dict[str, Any]:
     mixed = {name: x[:, groups] for name, x in along(arguments, 1, g).items()}
     mixed |= {name: x[:, heads] for name, x in along(arguments, 1, h).items() if g != h or name == "q"}
-    return mixed | {name: arguments[name][heads] for name in ("sink", "alibi") if name in arguments}
+    # What is left of a size h in front belongs to the heads themselves: sinks, slopes, a mechanism's weights.
+    own = {name: x for name, x in runs.tensors(arguments).items() if name not in mixed and x.dim() and len(x) == h}
+    return mixed | {name: x[heads] for name, x in own.items()}
 
 
 @law(examples=8, takes=("k", "v", "mask"))

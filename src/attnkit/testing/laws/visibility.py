@@ -121,7 +121,7 @@ def empty_rows(spec: Mechanism, backend: str, rng: random.Random) -> None:
         arguments["return_lse"] = True
     empty = torch.rand(2, 2, m) < 0.3
     empty[..., rng.randrange(m)] = True
-    how = rng.choice(("mask", "mask", "-inf", "lowest", "half precision lowest"))
+    how = rng.choice(("mask", "mask", "-inf", "lowest", "half precision lowest")) if "bias" in takes else "mask"
     if how == "mask":
         arguments["mask"] = ~empty[..., None].expand(2, 2, m, n)
     else:
