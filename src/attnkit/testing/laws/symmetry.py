@@ -46,6 +46,8 @@ def head_order(spec: Mechanism, backend: str, rng: random.Random) -> None:
     g, r = rng.choice((2, 3)), rng.choice((1, 2, 3))
     n = rng.choice((5, 50, 65))
     arguments = sample(spec, rng, b=1, h=g * r, g=g, m=n, n=n, d=8, e=16)
+    if along(arguments, 1, g).keys() <= {"q"}:
+        g, r = g * r, 1  # the mechanism shares no KV heads
     for name in ("sink", "alibi"):
         if name in samplers.features(spec):
             extra = {**arguments, name: torch.rand(g * r)}
