@@ -89,10 +89,7 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
         for block in self.layers:
-            nn.init.normal_(block.feed.gate_up.weight, std=config.width**-0.5)
-            nn.init.zeros_(block.feed.down.weight)
-            if isinstance(getattr(block.mixer, "o", None), nn.Linear):
-                nn.init.zeros_(block.mixer.o.weight)
+            start_as_identity(block.feed, block.mixer)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``(b, n, vocab)`` of what follows each of ``tokens`` ``(b, n)`` int64."""
@@ -160,6 +157,15 @@ class Decoder(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(self.norm(x), self.embedding.weight)
+
+
+def start_as_identity(feed: FeedForward, *mixers: nn.Module) -> None:
+    """Set what a layer writes to the residual stream to 0: ``down``, and the map ``o`` of mixers that have one."""
+    nn.init.normal_(feed.gate_up.weight, std=feed.gate_up.in_features**-0.5)
+    nn.init.zeros_(feed.down.weight)
+    for mixer in mixers:
+        if isinstance(output := getattr(mixer, "o", None), nn.Linear):
+            nn.init.zeros_(output.weight)
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:

@@ -157,7 +157,7 @@ SPEC = Mechanism(
     layer=AdditiveAttention,
     state=KVState,
     presets=(
-        Preset("additive", "Additive (Bahdanau)", "arXiv 1409.0473", _additive),
-        Preset("additive_normalised", "Additive, normalised", "arXiv 1409.0473", _normalised),
+        Preset("bahdanau", "Additive (Bahdanau)", "arXiv 1409.0473", _additive),
+        Preset("bahdanau_normalised", "Additive, normalised", "arXiv 1409.0473", _normalised),
     ),
 )
