@@ -35,7 +35,9 @@ def test_code_in_the_pages_runs(block: str) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_examples_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_run(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = ["--steps", "3"] if "--steps" in path.read_text(encoding="utf-8") else []
+    monkeypatch.setattr("sys.argv", [str(path), *quick])
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out.strip()
 

@@ -76,7 +76,7 @@ class EncoderDecoder(nn.Module):
         self.norm = nn.RMSNorm(sizes.width, eps=1e-6)
 
     def forward(self, source: Tensor, tokens: Tensor, *, mask: Mask | None = None) -> Tensor:
-        """Logits ``(b, m, vocab)`` of what follows each of ``tokens`` ``(b, m)``, given a ``source`` as for ``Encoder``.
+        """Logits ``(b, m, vocab)`` of what follows each of ``tokens`` ``(b, m)``; ``source`` as for ``Encoder``.
 
         ``mask`` says which positions of the source there are: ``attnkit.padding(keep)``, or None for all.
         """
