@@ -59,7 +59,8 @@ class Encoder(nn.Module):
     """RMSNorm, the injected mixer and SwiGLU, layer by layer; positions are the mixer's business.
 
     The mixer decides who sees whom: with ``mask=None`` in its configuration every position sees every other. Every
-    layer starts as the identity and inputs enter with unit variance, as in ``Decoder``.
+    layer starts as the identity and tokens, and vectors of unit
+    variance, enter with unit variance, as in ``Decoder``.
     """
 
     def __init__(self, config: EncoderConfig, mixer: Mixer) -> None:
@@ -67,7 +68,10 @@ class Encoder(nn.Module):
         self.config = config
         self.enter: nn.Module
         if config.vectors:
-            self.enter = nn.Linear(config.inputs, config.width)
+            linear = nn.Linear(config.inputs, config.width)
+            nn.init.normal_(linear.weight, std=config.inputs**-0.5)
+            nn.init.zeros_(linear.bias)
+            self.enter = linear
         else:
             self.enter = nn.Embedding(config.inputs, config.width)
         self.layers = cast(
