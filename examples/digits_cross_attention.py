@@ -2,8 +2,8 @@
 
 The images are scikit-learn's 1,797 handwritten digits of 8 x 8 pixels (it comes with the `dev` extra), as 16 patches of
 2 x 2; the text is a question of one word, "name", "parity" or "size", and its answer spelled in letters.
-`python examples/digits_cross_attention.py --mixer softmax` (or `additive`) trains for one to two minutes and prints how often a whole answer
-about an image never trained on is right.
+`python examples/digits_cross_attention.py --mixer softmax` (or `additive`) trains for one to two minutes and
+prints how often a whole answer about an image never trained on is right.
 """
 
 import argparse
