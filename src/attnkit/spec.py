@@ -71,6 +71,8 @@ class Laws:
     """Feeding tokens one by one gives the rows of the one-shot result."""
     length_invariant: bool
     """Appending keys that no query may see changes nothing."""
+    separate_heads: bool = True
+    """No head reads what another computes: permuting heads permutes the result."""
 
 
 @dataclass(frozen=True)

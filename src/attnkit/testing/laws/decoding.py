@@ -18,7 +18,7 @@ WINDOW = 6
 
 
 def layer(spec: Mechanism, backend: str, rng: random.Random, **settings: Any) -> Any:
-    """A small layer of a random preset that runs on the backend, with every parameter off its neutral start."""
+    """A small layer of a random preset that runs on the backend, all but its linear maps off their neutral start."""
     preset = rng.choice(spec.presets)
     place = LayerPlace(width=32, heads=4, window=WINDOW, layer=rng.randrange(2), layers=2)
     config = preset.configure(place)
@@ -28,7 +28,9 @@ def layer(spec: Mechanism, backend: str, rng: random.Random, **settings: Any) ->
     made = spec.layer(dataclasses.replace(config, **settings))
     with torch.no_grad():
         for parameter in made.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter) * (parameter.dim() == 1))
+            if parameter.dim() != 2:  # a linear map has no neutral start; a kernel's taps share the noise of one number
+                taps = parameter[0].numel() if parameter.dim() > 2 else 1
+                parameter.add_(0.3 * taps**-0.5 * torch.randn_like(parameter))
     return made.eval()
 
 
