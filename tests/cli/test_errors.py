@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 from attnkit import cli
+from attnkit.registry import mechanisms
 
+KNOWN = f"name one of {', '.join(mechanisms())}"
 ERRORS = {
     "no such command": (["nope"], "nope"),
     "no such option": (["list", "--bad"], "--bad"),
     "no argument": (["explain"], "attnkit explain --help"),
     "too many arguments": (["list", "softmax"], "softmax"),
-    "mechanism": (["explain", "sofmax"], "name one of softmax"),
+    "mechanism": (["explain", "sofmax"], KNOWN),
     "backend": (["explain", "softmax", "--backend", "gpu"], "cpu, sdpa, flex, reference"),
     "dtype": (["explain", "softmax", "--dtype", "int8"], "'float16'"),
     "size": (["explain", "softmax", "--h", "0"], "--h"),
@@ -74,7 +76,7 @@ def test_ctrl_c(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_module_runs(process: Any) -> None:
     code = "import runpy\nsys.argv[0] = 'attnkit'\nrunpy.run_module('attnkit', run_name='__main__')"
     done = process("explain", "sofmax", before=code)
-    assert done.error == "there is no mechanism 'sofmax': name one of softmax"
+    assert done.error == f"there is no mechanism 'sofmax': {KNOWN}"
 
 
 def test_output_to_a_full_disk(process: Any) -> None:

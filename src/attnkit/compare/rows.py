@@ -17,7 +17,7 @@ QUICK = ("mha", "mqa", "gqa", "window", "window_sinks", "dilated", "strided", "g
 
 @dataclass(frozen=True)
 class Row:
-    """One attention layer to compare, under a name that is unique: ``gqa``, or ``mechanism/gqa`` where two have one."""
+    """One attention layer to compare, under a name that means it alone: ``gqa``, or ``mechanism/gqa`` if need be."""
 
     name: str
     mechanism: Mechanism
@@ -33,7 +33,8 @@ class Row:
 def known() -> tuple[Row, ...]:
     """Every row there is, in the order of the registry."""
     pairs = [(spec, preset) for spec in registry.mechanisms().values() for preset in spec.presets]
-    times = Counter(preset.name for _, preset in pairs)
+    # A mechanism's name stands for all its rows, so it counts as taken.
+    times = Counter([preset.name for _, preset in pairs] + list(registry.mechanisms()))
     return tuple(
         Row(preset.name if times[preset.name] == 1 else f"{spec.name}/{preset.name}", spec, preset)
         for spec, preset in pairs
