@@ -7,7 +7,10 @@ from typing import Any
 
 from attnkit.cli.output import Json, console, emit, table
 from attnkit.registry import mechanisms
-from attnkit.spec import Mechanism
+from attnkit.spec import Mechanism, Sizes
+
+COSTED = Sizes(b=1, h=8, g=8, m=4096, n=4096, d=64, e=64)
+"""The call whose cost is listed: one sequence, eight heads of 64, float32."""
 
 
 def verb(json: Json = False) -> None:
@@ -28,6 +31,7 @@ def verb(json: Json = False) -> None:
         out.print(f"[bold]{spec.name}[/]  {spec.title}")
         out.print(f"  {spec.equation}", markup=False)
         out.print(f"  backends, first choice first: {', '.join(backend.name for backend in spec.backends)}")
+        out.print(f"  {_cost(spec)}", markup=False)
         if spec.presets:
             rows = table("preset", "layer", "source")
             for preset in spec.presets:
@@ -38,6 +42,14 @@ def verb(json: Json = False) -> None:
     out.print("attnkit explain NAME tells more about one; attnkit compare trains and times them.")
 
 
+def _cost(spec: Mechanism) -> str:
+    cost = spec.cost(COSTED)
+    kept = f"{cost.state_bytes_per_token:,} bytes a token" if cost.state_bytes_per_token else ""
+    fixed = f"{cost.state_bytes_fixed:,} bytes" if cost.state_bytes_fixed else ""
+    state = f"{spec.state.__name__} of {' and '.join(filter(None, (fixed, kept)))}" if spec.state else "no state"
+    return f"{cost.flops / 1e9:.3g} GFLOP for 4,096 tokens in 8 heads of 64; {state}"
+
+
 def record(spec: Mechanism) -> dict[str, Any]:
     """What a machine wants to know of a mechanism."""
     return {
@@ -46,6 +58,8 @@ def record(spec: Mechanism) -> dict[str, Any]:
         "equation": spec.equation,
         "papers": list(spec.papers),
         "laws": asdict(spec.laws),
+        "state": spec.state and spec.state.__name__,
+        "cost": {"sizes": asdict(COSTED), **asdict(spec.cost(COSTED))},
         "backends": [{"name": b.name, "grad": b.grad, "finite_only": b.finite_only} for b in spec.backends],
         "presets": [{"name": p.name, "title": p.title, "paper": p.paper} for p in spec.presets],
     }

@@ -1,0 +1,102 @@
+"""Peak memory of every mechanism on a long sequence, each call in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from attnkit.bench.host import provenance
+from attnkit.bench.results import Line
+from attnkit.registry import get, mechanisms
+from attnkit.spec import Sizes
+from attnkit.testing.runs import results, tensors
+
+LENGTH, HEADS, SIZE = 8192, 8, 64
+LIMIT_MIB = 2048.0
+"""A single float32 table of all pairs of 8 heads over 8192 tokens takes exactly this."""
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+Work = Literal["forward", "training"]
+WORKS: tuple[Work, ...] = ("forward", "training")
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What one call took beyond its arguments at its worst moment, its results included."""
+
+    mechanism: str
+    work: Work
+    backend: str
+    n: int
+    mib: float
+    limit_mib: float = LIMIT_MIB
+
+    @property
+    def holds(self) -> bool:
+        return self.mib < self.limit_mib
+
+    def line(self) -> Line:
+        """The record of a results file."""
+        return {"kind": "memory", **asdict(self), "mib": round(self.mib, 1), "holds": self.holds}
+
+
+def memory(names: Sequence[str] = (), n: int = LENGTH) -> Iterator[Line]:
+    """The lines of a results file: where and how, then each mechanism's forward and training call when it is done.
+
+    ``names`` are mechanisms, all when none is given. Eight heads of 64 in float32, one sequence of ``n`` tokens.
+    Raises ``NotImplementedError`` where the system does not tell the peak of a process (it must have ``/proc``).
+    """
+    if not CLEAR.exists():
+        raise NotImplementedError(f"peak memory is read from {STATUS}, which this system does not have: use Linux")
+    specs = [get(name) for name in names] or list(mechanisms().values())
+    yield provenance({"memory": [spec.name for spec in specs], "n": n, "threads": torch.get_num_threads()})
+    for spec in specs:
+        for work in WORKS:
+            yield measure(spec.name, work, n).line()
+
+
+def measure(mechanism: str, work: Work, n: int = LENGTH) -> Peak:
+    """The peak of one call of the mechanism named, on the backend that dispatch takes."""
+    # A fresh process: memory that an earlier call left to the allocator would be used again unseen.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        backend, mib = pool.submit(_peak, mechanism, work, n, torch.get_num_threads()).result()
+    return Peak(mechanism, work, backend, n, mib)
+
+
+def _peak(mechanism: str, work: Work, n: int, threads: int) -> tuple[str, float]:
+    from attnkit.dispatch import decide
+
+    torch.set_num_threads(threads)
+    spec = get(mechanism)
+    _call(mechanism, work, _arguments(mechanism, work, 8))  # what is loaded and started by a first call is not counted
+    arguments = _arguments(mechanism, work, n)
+    chosen, _ = decide(spec, spec.call(**arguments))
+    before = _kilobytes("VmRSS")
+    CLEAR.write_text("5")  # the peak starts again from here
+    _call(mechanism, work, arguments)
+    return chosen.name, (_kilobytes("VmHWM") - before) / 1024
+
+
+def _arguments(mechanism: str, work: Work, n: int) -> dict[str, Any]:
+    made = get(mechanism).sample(0, Sizes(b=1, h=HEADS, g=HEADS, m=n, n=n, d=SIZE, e=SIZE), torch.float32)
+    leaves = {name: x.requires_grad_() for name, x in tensors(made).items()} if work == "training" else {}
+    return made | leaves
+
+
+def _call(mechanism: str, work: Work, arguments: dict[str, Any]) -> None:
+    found = results(get(mechanism).function(**arguments))
+    if work == "training":
+        torch.stack([x.sum() for x in found if x.requires_grad]).sum().backward()
+
+
+def _kilobytes(field: str) -> int:
+    for line in STATUS.read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    raise NotImplementedError(f"{STATUS} has no {field}: peak memory cannot be read on this system")
