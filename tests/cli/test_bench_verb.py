@@ -11,7 +11,7 @@ import pytest
 
 import attnkit
 from attnkit import bench, native
-from attnkit.bench import probes, timing
+from attnkit.bench import memory, probes, timing
 from attnkit.cli.bench import _default_path
 from attnkit.cli.output import console
 from attnkit.mechanisms.softmax import cpu
@@ -194,6 +194,21 @@ def test_a_place_that_cannot_be_written_is_told_before_measuring(
 def test_a_read_only_folder(run: Any, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     assert "Permission denied" in run("bench", "--out", tmp_path / "r.jsonl").error
+
+
+def test_memory_has_a_table_and_a_file_of_its_own(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {"forward": 12.34, "training": 4096.0}
+    measured = lambda spec, work, n: memory.Peak(spec.name, work, "chunk", n, peaks[work])  # noqa: E731
+    monkeypatch.setattr(memory, "measure", measured)
+    path = tmp_path / "m.jsonl"
+    done = run("bench", "--memory", "--only", "path", "--out", path)
+    assert "12 MiB" in done.out and "4,096 MiB" in done.out and "missed" in done.out
+    assert [(line["kind"], line.get("holds")) for line in read(path)] == [
+        ("run", None), ("memory", True), ("memory", False),
+    ]  # fmt: skip
+    assert run("bench", "--show", path).out == done.out.replace(f"written to {path}\n", "")
+    assert run("bench", "--memory", "--only", "path", "--check").code == 1
+    assert "there is no mechanism 'K1'" in run("bench", "--memory", "--only", "K1").error
 
 
 @pytest.mark.parametrize(

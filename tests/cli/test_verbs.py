@@ -55,6 +55,8 @@ def test_list_for_machines(run: Any) -> None:
     assert [backend["name"] for backend in softmax["backends"]] == [backend.name for backend in SPEC.backends]
     assert [preset["name"] for preset in softmax["presets"]] == [preset.name for preset in SPEC.presets]
     assert softmax["laws"]["causal"] is True
+    assert softmax["state"] == "KVState" and softmax["cost"]["state_bytes_per_token"] == 2 * 8 * 64 * 4
+    assert all(entry["papers"] and entry["cost"]["flops"] > 0 for entry in found.values())
 
 
 CALLS: dict[str, tuple[list[str], dict[str, Any], bool]] = {

@@ -18,8 +18,8 @@ from attnkit.testing import runs
 from attnkit.testing.lanes import Lane
 from attnkit.testing.runs import assert_results_within
 
-# Mechanism, compiler behind the graphs, whether sizes are dynamic. Inductor compiles C++, and what it makes of a graph is
-# torch's own business; dynamic sizes take Dynamo 30 s for some graphs that take 0.4 s without. One mechanism gets both.
+# Mechanism, compiler behind the graphs, whether sizes are dynamic. Inductor compiles C++, and what it makes of a graph
+# is torch's business; dynamic sizes take Dynamo 30 s for some graphs that take 0.4 s without. One mechanism gets both.
 FRESH = [*((name, "aot_eager", name == "softmax") for name in mechanisms()), ("softmax", "inductor", True)]
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from attnkit import bench, native
-from attnkit.bench import host, probes, sizes, timing
+from attnkit.bench import host, memory, probes, sizes, timing
 from attnkit.mechanisms.softmax import cpu
+from attnkit.registry import get
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_native = pytest.mark.skipif(not native.STATUS.available, reason=f"no limits: {native.STATUS.reason}")
@@ -201,3 +202,25 @@ def test_each_call_is_judged_by_the_limit_it_met():
     probed = [1.0, 3.0, 2.0, 5.0, 4.0, 1.0]  # before ours, before torch's, before ours, ...
     assert timing._limits(probed, 2, moving=True) == [3.0, 5.0, 4.0]
     assert timing._limits(probed, 2, moving=False) == [5.0, 5.0, 5.0]
+
+
+@pytest.mark.skipif(not memory.CLEAR.exists(), reason="peak memory is read from /proc, which this system does not have")
+def test_memory_tells_a_table_of_all_pairs_from_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight heads of 1,500 x 1,500 float32 logits are 69 MiB, and a training call keeps more than one such table."""
+    lean = memory.measure(get("forgetting"), "training", n=1500)
+    monkeypatch.setenv("ATTNKIT_BACKEND", "reference")
+    square = memory.measure(get("forgetting"), "training", n=1500)
+    assert (lean.backend, square.backend) == ("chunk", "reference")
+    assert square.mib > 137 > 69 > lean.mib > 0
+
+
+def test_memory_is_judged_by_its_limit() -> None:
+    held, missed = (memory.Peak("path", "forward", "chunk", 8192, mib) for mib in (2047.9, 2048.0))
+    assert held.holds and not missed.holds
+    assert missed.line()["kind"] == "memory" and missed.line()["holds"] is False
+
+
+def test_memory_on_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "CLEAR", tmp_path / "none")
+    with pytest.raises(NotImplementedError, match="this system does not have: use Linux"):
+        next(bench.peaks())

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from attnkit.bench.host import PACKAGE, QUIET, checkout, commit, cores, cpu_model, machine, provenance
+from attnkit.bench.memory import Peak, peaks
 from attnkit.bench.probes import Limits, limits
 from attnkit.bench.results import Line, read, unfinished, written
 from attnkit.bench.sizes import Case, cases
@@ -20,6 +21,7 @@ __all__ = [
     "Case",
     "Limits",
     "Line",
+    "Peak",
     "Result",
     "cases",
     "checkout",
@@ -29,6 +31,7 @@ __all__ = [
     "limits",
     "machine",
     "measure",
+    "peaks",
     "provenance",
     "read",
     "rows",

@@ -13,13 +13,14 @@ import torch
 
 from attnkit.bench.host import provenance
 from attnkit.bench.results import Line
+from attnkit.dispatch import decide
 from attnkit.registry import get, mechanisms
-from attnkit.spec import Sizes
+from attnkit.spec import Mechanism, Sizes
 from attnkit.testing.runs import results, tensors
 
 LENGTH, HEADS, SIZE = 8192, 8, 64
 LIMIT_MIB = 2048.0
-"""A single float32 table of all pairs of 8 heads over 8192 tokens takes exactly this."""
+"""What one float32 table of all pairs of 8 heads over 8,192 tokens takes."""
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 Work = Literal["forward", "training"]
@@ -46,11 +47,11 @@ class Peak:
         return {"kind": "memory", **asdict(self), "mib": round(self.mib, 1), "holds": self.holds}
 
 
-def memory(names: Sequence[str] = (), n: int = LENGTH) -> Iterator[Line]:
+def peaks(names: Sequence[str] = (), n: int = LENGTH) -> Iterator[Line]:
     """The lines of a results file: where and how, then each mechanism's forward and training call when it is done.
 
     ``names`` are mechanisms, all when none is given. Eight heads of 64 in float32, one sequence of ``n`` tokens.
-    Raises ``NotImplementedError`` where the system does not tell the peak of a process (it must have ``/proc``).
+    Raises ``NotImplementedError`` where the system does not tell the peak of a process.
     """
     if not CLEAR.exists():
         raise NotImplementedError(f"peak memory is read from {STATUS}, which this system does not have: use Linux")
@@ -58,39 +59,36 @@ def memory(names: Sequence[str] = (), n: int = LENGTH) -> Iterator[Line]:
     yield provenance({"memory": [spec.name for spec in specs], "n": n, "threads": torch.get_num_threads()})
     for spec in specs:
         for work in WORKS:
-            yield measure(spec.name, work, n).line()
+            yield measure(spec, work, n).line()
 
 
-def measure(mechanism: str, work: Work, n: int = LENGTH) -> Peak:
-    """The peak of one call of the mechanism named, on the backend that dispatch takes."""
+def measure(spec: Mechanism, work: Work, n: int = LENGTH) -> Peak:
+    """The peak of one call of the mechanism, on the backend that dispatch takes."""
     # A fresh process: memory that an earlier call left to the allocator would be used again unseen.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        backend, mib = pool.submit(_peak, mechanism, work, n, torch.get_num_threads()).result()
-    return Peak(mechanism, work, backend, n, mib)
+        backend, mib = pool.submit(_peak, spec.name, work, n, torch.get_num_threads()).result()
+    return Peak(spec.name, work, backend, n, mib)
 
 
-def _peak(mechanism: str, work: Work, n: int, threads: int) -> tuple[str, float]:
-    from attnkit.dispatch import decide
-
+def _peak(name: str, work: Work, n: int, threads: int) -> tuple[str, float]:
     torch.set_num_threads(threads)
-    spec = get(mechanism)
-    _call(mechanism, work, _arguments(mechanism, work, 8))  # what is loaded and started by a first call is not counted
-    arguments = _arguments(mechanism, work, n)
+    spec = get(name)
+    _call(spec, work, _arguments(spec, work, 8))  # what a first call loads and starts is not counted
+    arguments = _arguments(spec, work, n)
     chosen, _ = decide(spec, spec.call(**arguments))
     before = _kilobytes("VmRSS")
     CLEAR.write_text("5")  # the peak starts again from here
-    _call(mechanism, work, arguments)
+    _call(spec, work, arguments)
     return chosen.name, (_kilobytes("VmHWM") - before) / 1024
 
 
-def _arguments(mechanism: str, work: Work, n: int) -> dict[str, Any]:
-    made = get(mechanism).sample(0, Sizes(b=1, h=HEADS, g=HEADS, m=n, n=n, d=SIZE, e=SIZE), torch.float32)
-    leaves = {name: x.requires_grad_() for name, x in tensors(made).items()} if work == "training" else {}
-    return made | leaves
+def _arguments(spec: Mechanism, work: Work, n: int) -> dict[str, Any]:
+    made = spec.sample(0, Sizes(b=1, h=HEADS, g=HEADS, m=n, n=n, d=SIZE, e=SIZE), torch.float32)
+    return made | ({name: x.requires_grad_() for name, x in tensors(made).items()} if work == "training" else {})
 
 
-def _call(mechanism: str, work: Work, arguments: dict[str, Any]) -> None:
-    found = results(get(mechanism).function(**arguments))
+def _call(spec: Mechanism, work: Work, arguments: dict[str, Any]) -> None:
+    found = results(spec.function(**arguments))
     if work == "training":
         torch.stack([x.sum() for x in found if x.requires_grad]).sum().backward()
 

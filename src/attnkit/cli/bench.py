@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from attnkit import bench
 from attnkit.bench import Case, Line
+from attnkit.bench.memory import WORKS
 from attnkit.cli.output import Json, StoppedError, console, table
+from attnkit.registry import get, mechanisms
 
 
 class Column(NamedTuple):
@@ -58,6 +60,7 @@ def verb(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; torch's own number if absent.")] = None,
     flex: Annotated[bool, typer.Option("--flex", help="FlexAttention too: up to a minute a size to compile.")] = False,
     out: Annotated[Path | None, typer.Option(help="Results file; see below.")] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Peak memory of each mechanism instead of times.")] = False,
     show: Annotated[Path | None, typer.Option(help="Print the table of this results file, measure nothing.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 when a floor is missed.")] = False,
     json: Json = False,
@@ -69,6 +72,9 @@ def verb(
     the limit: arithmetic for prefill, reading memory for decoding. Times are medians; a limit is the best seen. With
     one thread the clock counts processor time, which other programs on a busy machine disturb less.
 
+    --memory asks each mechanism for 8,192 tokens in 8 heads of 64 in float32, forward and training, each in a process
+    of its own, and shows the peak beside the 2 GiB that one table of all pairs takes; --only then names mechanisms.
+
     A whole run is kept in benchmarks/results/DATE-LEVEL.jsonl in a source checkout, in attnkit-bench.jsonl elsewhere.
     With --quick or --only nothing is kept unless --out names a file. --json prints the same lines.
 
@@ -76,19 +82,24 @@ def verb(
 
         attnkit bench --quick
         attnkit bench --only K5 --threads 1 --out decode.jsonl
+        attnkit bench --memory --only path,castle
         attnkit bench --show benchmarks/results/2026-11-22-v4bf16.jsonl
     """
     path = None
     if show is not None:
         lines = bench.read(show)
-        if not _rows(lines) or "limits" not in {line["kind"] for line in lines}:
+        if not _rows(lines) or not {"limits", "memory"}.intersection(line["kind"] for line in lines):
             raise ValueError(f"{show} has no measured kernels, expected a results file of attnkit bench")
     else:
-        ids = [name.strip().upper() for name in only.split(",")] if only is not None else []
-        chosen = bench.cases(ids, quick)
-        path = _default_path() if out is None and not quick and not ids else out
+        names = [name.strip() for name in only.split(",")] if only is not None else []
         with _threads(threads or torch.get_num_threads()):
-            lines = _measure(chosen, path, flex=flex)
+            if memory:
+                path = _default_path("memory") if out is None and not names else out
+                lines = _measure_memory(names, path)
+            else:
+                chosen = bench.cases([name.upper() for name in names], quick)
+                path = _default_path() if out is None and not quick and not names else out
+                lines = _measure(chosen, path, flex=flex)
     if json:
         for line in lines:
             print(jsonlib.dumps(line, ensure_ascii=False))
@@ -100,11 +111,11 @@ def verb(
         raise typer.Exit(1)
 
 
-def _default_path() -> Path:
-    root = bench.checkout()
+def _default_path(what: str | None = None) -> Path:
+    root, what = bench.checkout(), what or bench.machine()["level"]
     if root is None:
         return Path("attnkit-bench.jsonl")
-    return root / "benchmarks" / "results" / f"{datetime.now(UTC):%Y-%m-%d}-{bench.machine()['level']}.jsonl"
+    return root / "benchmarks" / "results" / f"{datetime.now(UTC):%Y-%m-%d}-{what}.jsonl"
 
 
 @contextmanager
@@ -118,7 +129,18 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _measure(chosen: tuple[Case, ...], path: Path | None, *, flex: bool) -> list[Line]:
-    """The lines of a run, each in the file as soon as it is there."""
+    weights = [(f"{case.id} {case.work}", case.expected_seconds) for case in chosen]
+    return _kept(bench.run(chosen, flex=flex), path, "the machine's limits", weights)
+
+
+def _measure_memory(names: list[str], path: Path | None) -> list[Line]:
+    specs = [get(name) for name in names] or list(mechanisms().values())
+    weights = [(f"{spec.name} {work}", 1.0) for spec in specs for work in WORKS]
+    return _kept(bench.peaks([spec.name for spec in specs]), path, "starting", weights)
+
+
+def _kept(measured: Iterable[Line], path: Path | None, first: str, weights: Sequence[tuple[str, float]]) -> list[Line]:
+    """The lines of a run, each in the file as soon as it is there; ``weights`` name the rows and their shares."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -130,14 +152,14 @@ def _measure(chosen: tuple[Case, ...], path: Path | None, *, flex: bool) -> list
     lines: list[Line] = []
     try:
         with bench.written(path) as write, progress:
-            task = progress.add_task("the machine's limits", total=sum(case.expected_seconds for case in chosen))
-            for line in bench.run(chosen, flex=flex):
+            task = progress.add_task(first, total=sum(weight for _, weight in weights))
+            for line in measured:
                 write(line)
                 lines.append(line)
                 done = len(_rows(lines))
-                progress.update(task, completed=sum(case.expected_seconds for case in chosen[:done]))
-                if done < len(chosen) and line["kind"] != "run":
-                    progress.update(task, description=f"{chosen[done].id} {chosen[done].work}")
+                progress.update(task, completed=sum(weight for _, weight in weights[:done]))
+                if done < len(weights) and line["kind"] != "run":
+                    progress.update(task, description=weights[done][0])
     except KeyboardInterrupt:
         kept = f"are in {bench.unfinished(path)}" if path else "were not kept, as no --out names a file"
         raise StoppedError(f"{len(_rows(lines))} finished rows {kept}") from None
@@ -145,11 +167,14 @@ def _measure(chosen: tuple[Case, ...], path: Path | None, *, flex: bool) -> list
 
 
 def _rows(lines: list[Line]) -> list[Line]:
-    return [line for line in lines if line["kind"] == "kernel"]
+    return [line for line in lines if line["kind"] in ("kernel", "memory")]
 
 
 def _show(out: Console, lines: list[Line]) -> None:
     by_kind = {line["kind"]: line for line in lines}
+    if "memory" in by_kind:
+        _show_memory(out, lines)
+        return
     out.print(_machine(by_kind["run"], by_kind["kernel"]["threads"]), markup=False)
     for sentence in _limits(by_kind["limits"]):
         out.print(sentence, markup=False)
@@ -163,6 +188,19 @@ def _show(out: Console, lines: list[Line]) -> None:
     out.print()
     for sentence in _conclusions(_rows(lines)):
         out.print(sentence, markup=False)
+
+
+def _show_memory(out: Console, lines: list[Line]) -> None:
+    rows = table("mechanism", "work", "backend", "peak", "limit", "", right=("peak", "limit"))
+    for line in _rows(lines):
+        style = "green" if line["holds"] else "red"
+        verdict = "holds" if line["holds"] else "missed"
+        peak, limit = f"{line['mib']:,.0f} MiB", f"{line['limit_mib']:,.0f} MiB"
+        rows.add_row(line["mechanism"], line["work"], line["backend"], peak, limit, f"[{style}]{verdict}[/]")
+    out.print(_machine(lines[0], lines[0]["settings"]["threads"]), markup=False)
+    out.print(f"one sequence of {lines[0]['settings']['n']:,} tokens, 8 heads of 64, float32", markup=False)
+    out.print()
+    out.print(rows)
 
 
 def _machine(run: Line, threads: int) -> str:
