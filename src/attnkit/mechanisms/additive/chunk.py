@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from attnkit.masks import UNBOUNDED, Mask
+from attnkit.blocks import joined, seen, spans
+from attnkit.masks import Mask
 from attnkit.mechanisms.softmax import softmax_attention
 
 ELEMENTS = 1 << 22
@@ -29,19 +29,11 @@ def forward(
     row = b * h * n * d
     if m * row <= ELEMENTS:
         return _attend(q, k, v, _scores(q, k, w), mask, return_lse)
-    size, parts = max(1, ELEMENTS // row), []
-    for start in range(0, m, size):
-        end = min(start + size, m)
-        low, high = _reach(mask, n - m + start, n - m + end - 1, n)
-        keep = _visible(mask, torch.arange(n - m + start, n - m + end), torch.arange(low, high), q.device)
-        part = (q[:, :, start:end], k[:, :, low:high], v[:, :, low:high], w, keep, return_lse)
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(_block, *part, use_reentrant=False, preserve_rng_state=False))
-        else:
-            parts.append(_block(*part))
-    if return_lse:
-        return tuple(torch.cat(found, 2) for found in zip(*parts, strict=True))
-    return torch.cat(parts, 2)
+    blocks = []
+    for start, end in spans(m, max(1, ELEMENTS // row)):
+        low, high, keep = seen(mask, start, end, m, n, q.device)
+        blocks.append((q[:, :, start:end], k[:, :, low:high], v[:, :, low:high], w, keep, return_lse))
+    return joined(_block, blocks)
 
 
 def _block(q: Tensor, k: Tensor, v: Tensor, w: Tensor, keep: Tensor | None, return_lse: bool) -> Any:
@@ -61,20 +53,3 @@ def _scores(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, mask: Mask | None, return_lse: bool) -> Any:
     q, k = torch.zeros_like(q[..., :1]), torch.zeros_like(k[..., :1])
     return softmax_attention(q, k, v, bias=scores, mask=mask, return_lse=return_lse)
-
-
-def _reach(mask: Mask | None, first: int, last: int, n: int) -> tuple[int, int]:
-    """The range of keys that the queries from position ``first`` to ``last`` may see, never empty."""
-    left, right = (mask and mask.interval()) or (UNBOUNDED, UNBOUNDED)
-    low = min(max(0, first - left), n - 1)
-    return low, max(low + 1, min(n, last + right + 1))
-
-
-def _visible(mask: Mask | None, queries: Tensor, keys: Tensor, device: torch.device) -> Tensor | None:
-    """Bool ``(batches, heads, queries, keys)`` for absolute positions."""
-    if mask is None:
-        return None
-    batch, head = torch.arange(mask.batches)[:, None, None, None], torch.arange(mask.heads)[:, None, None]
-    shape = (mask.batches, mask.heads, len(queries), len(keys))
-    index = (x.to(device) for x in (batch, head, queries[:, None], keys))
-    return mask.visible(*index).expand(shape)

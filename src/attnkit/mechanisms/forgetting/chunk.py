@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from attnkit.blocks import joined, spans
 from attnkit.masks import causal
 from attnkit.mechanisms.softmax import softmax_attention
 
@@ -24,19 +24,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, scale: float) -> Ten
 
 def attend(q: Tensor, k: Tensor, v: Tensor, total: Tensor, scale: float) -> Tensor:
     """Attention ``(b, h, m, e)`` for gates already summed: ``total`` ``(b, h, n)``."""
-    m, past = q.shape[2], k.shape[2] - q.shape[2]
-    if m <= BLOCK:
-        return _block(q, k, v, total, past, scale)
-    rows = []
-    for start in range(0, m, BLOCK):
-        end = min(start + BLOCK, m)
-        seen = past + end
-        parts = (q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], total[:, :, :seen], past + start, scale)
-        if torch.is_grad_enabled():
-            rows.append(checkpoint(_block, *parts, use_reentrant=False, preserve_rng_state=False))
-        else:
-            rows.append(_block(*parts))
-    return torch.cat(rows, 2)
+    past, blocks = k.shape[2] - q.shape[2], []
+    for start, end in spans(q.shape[2], BLOCK):
+        keys = (x[:, :, : past + end] for x in (k, v, total))
+        blocks.append((q[:, :, start:end], *keys, past + start, scale))
+    o: Tensor = joined(_block, blocks)
+    return o
 
 
 def _block(q: Tensor, k: Tensor, v: Tensor, total: Tensor, first: int, scale: float) -> Tensor:

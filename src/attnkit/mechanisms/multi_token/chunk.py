@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
-from torch.utils.checkpoint import checkpoint
 
+from attnkit.blocks import joined, spans
 from attnkit.mechanisms.multi_token.mixing import mixed, weighted
 
 BLOCK = 64
@@ -40,16 +40,12 @@ def attend(
     """Rows of all but the first ``s - 1`` queries, which only the kernel of ``s`` rows reads."""
     before = 0 if kernel is None else kernel.shape[1] - 1
     m = q.shape[2] - before
-    past, rows = k.shape[2] - m, []
-    for block in range(-(-m // BLOCK)):
-        start, end = block * BLOCK, min(m, (block + 1) * BLOCK)
-        seen = past + end
-        parts = (q[:, :, start : end + before], k[:, :, :seen], v[:, :, :seen], kernel, mix_logits, mix_weights, scale)
-        if torch.is_grad_enabled() and m > BLOCK:
-            rows.append(checkpoint(_block, *parts, use_reentrant=False, preserve_rng_state=False))
-        else:
-            rows.append(_block(*parts))
-    return torch.cat(rows, 2)
+    past, blocks = k.shape[2] - m, []
+    for start, end in spans(m, BLOCK):
+        keys = (x[:, :, : past + end] for x in (k, v))
+        blocks.append((q[:, :, start : end + before], *keys, kernel, mix_logits, mix_weights, scale))
+    o: Tensor = joined(_block, blocks)
+    return o
 
 
 def _block(

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.checkpoint import checkpoint
 
+from attnkit.blocks import joined, spans
 from attnkit.masks import causal
 from attnkit.mechanisms.path.householder import Run, lawful
 from attnkit.mechanisms.softmax import softmax_attention
@@ -34,25 +34,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, log_f: Ten
     moved, products = run.moved().unbind(2), run.product().unbind(2)
     own = [Run(*parts) for parts in zip(*(x.unbind(2) for x in (run.k, run.w, run.t, run.x)), strict=True)]
     total = None if log_f is None else log_f.to(work).cumsum(-1)
-    rows = []
-    for block in range((n - m) // BLOCK, blocks):
-        start, end = block * BLOCK, min(n, (block + 1) * BLOCK)
-        first = max(start, n - m)
-        parts = (
-            q[:, :, first - (n - m) : end - (n - m)].to(work),
-            v[:, :, :end],
-            own[block],
-            moved[:block],
-            products[:block],
-            spoiled[:, :, first:end],
-            None if total is None else total[:, :, :end],
-            scale,
-        )
-        if torch.is_grad_enabled() and blocks > 1:
-            rows.append(checkpoint(_rows, *parts, use_reentrant=False, preserve_rng_state=False))
-        else:
-            rows.append(_rows(*parts))
-    return torch.cat(rows, 2).to(q.dtype)
+    past, parts = n - m, []
+    for block, (start, end) in enumerate(spans(n, BLOCK)):
+        if past < end or end == n:
+            first = max(start, past)
+            gates = None if total is None else total[:, :, :end]
+            earlier = (own[block], moved[:block], products[:block], spoiled[:, :, first:end])
+            parts.append((q[:, :, first - past : end - past].to(work), v[:, :, :end], *earlier, gates, scale))
+    o: Tensor = joined(_rows, parts)
+    return o.to(q.dtype)
 
 
 def _rows(

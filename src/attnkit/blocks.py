@@ -1,0 +1,54 @@
+"""Calls cut into blocks of queries, so that no tensor of all queries times all keys is ever in memory.
+
+Training keeps none either: where there is more than one block, the backward computes each again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from attnkit.masks import UNBOUNDED, Mask
+
+
+def spans(count: int, size: int) -> list[tuple[int, int]]:
+    """Start and end of each block of ``size`` out of ``count`` rows; one empty block when there are none."""
+    return [(i * size, min(count, (i + 1) * size)) for i in range(max(1, -(-count // size)))]
+
+
+def joined(rows: Callable[..., Any], blocks: Sequence[tuple[Any, ...]]) -> Any:
+    """``rows(*block)`` of each block, tensors ``(b, h, rows, ...)`` or tuples of them, joined along the rows."""
+    if len(blocks) == 1:
+        return rows(*blocks[0])
+    again = torch.is_grad_enabled()
+    found = [
+        checkpoint(rows, *block, use_reentrant=False, preserve_rng_state=False) if again else rows(*block)
+        for block in blocks
+    ]
+    if isinstance(found[0], tuple):
+        return tuple(torch.cat(parts, 2) for parts in zip(*found, strict=True))
+    return torch.cat(found, 2)
+
+
+def seen(
+    mask: Mask | None, start: int, end: int, m: int, n: int, device: torch.device
+) -> tuple[int, int, Tensor | None]:
+    """What queries ``start`` to ``end`` of a call of ``m`` queries and ``n`` keys may see: ``(low, high, keep)``.
+
+    No key outside ``low`` to ``high`` is visible to any of them; the range is empty only when there are no keys.
+    ``keep``, bool ``(batches, heads, end - start, high - low)``, says who sees which of these; None when all see all.
+    """
+    left, right = (mask and mask.interval()) or (UNBOUNDED, UNBOUNDED)
+    first, last = n - m + start, n - m + end - 1
+    low = max(0, min(first - left, n - 1))
+    high = min(n, max(low + 1, last + right + 1))
+    if mask is None or (mask.interval() is not None and last - left <= low and first + right >= high - 1):
+        return low, high, None
+    batch, head = torch.arange(mask.batches)[:, None, None, None], torch.arange(mask.heads)[:, None, None]
+    index = (batch, head, torch.arange(first, last + 1)[:, None], torch.arange(low, high))
+    keep = mask.visible(*(x.to(device) for x in index))
+    return low, high, keep.expand(mask.batches, mask.heads, end - start, high - low)
