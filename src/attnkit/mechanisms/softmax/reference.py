@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnkit.masks import Mask
+from attnkit.noise import bits
 from attnkit.positions import distance
 
 
@@ -85,24 +86,6 @@ def _values(weights: Tensor, keep: Tensor | None, v: Tensor) -> Tensor:
 
 
 def dropout_keep(seed: int, b: int, h: int, m: int, n: int, dropout: float, device: torch.device) -> Tensor:
-    """Which weights survive, bool ``(b, h, m, n)``: a hash of (seed, batch, head, query and key position).
-
-    Keyed by position: a recomputed backward, another split of the sequence or order of work drops the same ones.
-    """
-    bits = torch.full((), seed, dtype=torch.int64, device=device)
-    positions = (torch.arange(b), torch.arange(h), torch.arange(n - m, n), torch.arange(n))
-    for axis, index in enumerate(positions):
-        bits = _mix(bits ^ index.to(device).reshape([-1] + [1] * (3 - axis)))
-    return _shift(bits, 40) >= int(dropout * (1 << 24))
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014) on int64, whose products wrap."""
-    x = x + -0x61C8864680B583EB
-    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, by: int) -> Tensor:
-    return (x >> by) & ((1 << (64 - by)) - 1)
+    """Which weights survive, bool ``(b, h, m, n)``, by where their pair stands."""
+    queries, keys = torch.arange(n - m, n, device=device), torch.arange(n, device=device)
+    return bits(seed, b, h, queries, keys, 24) >= int(dropout * (1 << 24))
