@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attnkit.masks import UNBOUNDED, Mask
+from attnkit.masks import Mask
 
 
 def spans(count: int, size: int) -> list[tuple[int, int]]:
@@ -42,13 +42,11 @@ def seen(
     No key outside ``low`` to ``high`` is visible to any of them; the range is empty only when there are no keys.
     ``keep``, bool ``(batches, heads, end - start, high - low)``, says who sees which of these; None when all see all.
     """
-    left, right = (mask and mask.interval()) or (UNBOUNDED, UNBOUNDED)
-    first, last = n - m + start, n - m + end - 1
-    low = max(0, min(first - left, n - 1))
-    high = min(n, max(low + 1, last + right + 1))
-    if mask is None or (mask.interval() is not None and last - left <= low and first + right >= high - 1):
+    if mask is None:
+        return 0, n, None
+    first, past = n - m + start, n - m + end
+    low, high = mask.reached((first, past), n)
+    interval = mask.interval()
+    if interval is not None and past - 1 - interval[0] <= low and first + interval[1] >= high - 1:
         return low, high, None
-    batch, head = torch.arange(mask.batches)[:, None, None, None], torch.arange(mask.heads)[:, None, None]
-    index = (batch, head, torch.arange(first, last + 1)[:, None], torch.arange(low, high))
-    keep = mask.visible(*(x.to(device) for x in index))
-    return low, high, keep.expand(mask.batches, mask.heads, end - start, high - low)
+    return low, high, mask.part((first, past), (low, high), device)

@@ -64,6 +64,20 @@ def test_lowerings_agree() -> None:
             assert torch.equal((key >= position - left) & (key <= position + right), dense[0, 0])
 
 
+def test_blocks_of_queries_see_the_rows_of_the_dense_mask_within_reach() -> None:
+    for seed in range(150):
+        rule, _, _, m, n = random_rule(seed)
+        rng = random.Random(seed)
+        start = rng.randrange(m)
+        end = rng.randint(start + 1, m)
+        low, high = rule.mask.reached((n - m + start, n - m + end), n)
+        rows = rule.mask.dense(m, n)[:, :, start:end]
+        assert torch.equal(rule.mask.part((n - m + start, n - m + end), (low, high)), rows[..., low:high])
+        assert low < high <= n and not rows[..., :low].any() and not rows[..., high:].any(), repr(rule.mask)
+        if rule.mask.interval() is not None and rows.any():
+            assert rows[..., low].any() and rows[..., high - 1].any(), f"{rule.mask!r} reaches less than it says"
+
+
 def test_tiles_never_lie() -> None:
     """A tile said to be empty shows nothing, one said to be full shows everything."""
     for seed in range(150):

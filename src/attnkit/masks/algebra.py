@@ -93,6 +93,19 @@ class Mask:
         """Bool ``(batches, heads, m, n)``."""
         return lowering.dense(self, m, n, device)
 
+    def part(self, queries: tuple[int, int], keys: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
+        """The same for queries and keys of a range of positions, for those who go block by block; kept by nobody."""
+        return lowering.part(self, queries, keys, device)
+
+    def reached(self, queries: tuple[int, int], n: int) -> tuple[int, int]:
+        """The range of the ``n`` keys outside which these queries surely see nothing; never empty."""
+        interval = self.interval()
+        if interval is None:
+            return 0, n
+        left, right = interval
+        low = min(max(0, queries[0] - left), n - 1)
+        return low, max(low + 1, min(n, queries[1] + right))
+
     def block_list(self, m: int, n: int, block_q: int, block_k: int = 64) -> BlockList:
         """The non-empty tiles and their bits; kept for the next call with the same mask and sizes."""
         return lowering.block_list(self, m, n, block_q, block_k)

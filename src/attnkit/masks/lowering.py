@@ -40,22 +40,22 @@ class BlockList:
 def dense(mask: Mask, m: int, n: int, device: torch.device | str | None) -> Tensor:
     """Bool ``(batches, heads, m, n)``."""
     if torch.compiler.is_compiling() or mask.batches * mask.heads * m * n > _KEPT_ELEMENTS:
-        return _dense(mask, m, n, device)
+        return part(mask, (n - m, n), (0, n), device)
     return _kept_dense(mask, m, n, torch.device(device or "cpu"))
 
 
-def _dense(mask: Mask, m: int, n: int, device: torch.device | str | None) -> Tensor:
+def part(mask: Mask, queries: tuple[int, int], keys: tuple[int, int], device: torch.device | str | None) -> Tensor:
+    """Bool ``(batches, heads, queries, keys)`` for positions from the first to before the second of each pair."""
     b = torch.arange(mask.batches, device=device)[:, None, None, None]
     h = torch.arange(mask.heads, device=device)[:, None, None]
-    q = torch.arange(n - m, n, device=device)[:, None]
-    k = torch.arange(n, device=device)
-    return mask.visible(b, h, q, k).expand(mask.batches, mask.heads, m, n)
+    q, k = torch.arange(*queries, device=device)[:, None], torch.arange(*keys, device=device)
+    return mask.visible(b, h, q, k).expand(mask.batches, mask.heads, queries[1] - queries[0], keys[1] - keys[0])
 
 
 @lru_cache(maxsize=32)
 def _kept_dense(mask: Mask, m: int, n: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-        return _dense(mask, m, n, device).contiguous()
+        return part(mask, (n - m, n), (0, n), device).contiguous()
 
 
 def grid(m: int, n: int, block_q: int, block_k: int) -> Tiles:
