@@ -73,6 +73,9 @@ class Laws:
     """Appending keys that no query may see changes nothing."""
     separate_heads: bool = True
     """No head reads what another computes: permuting heads permutes the result."""
+    soft: bool = True
+    """Weights are a differentiable function of the scores and equal scores share. Else one key is chosen: the first of
+    equals, a positive scale shows in gradients only, and the gradient of scores is an estimate and no derivative."""
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def features_show(spec: Mechanism, backend: str, rng: random.Random) -> None:
     budget = allowed(without, floor, torch.float32)
     tried = 0
     for name in STRONG:
-        if name not in parameters(spec):
+        if name not in parameters(spec) or (name == "scale" and not spec.laws.soft):
             continue
         strong = {**plain, name: STRONG[name](h, m, n)}
         if name == "dropout":
