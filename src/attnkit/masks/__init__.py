@@ -37,6 +37,7 @@ __all__ = [
     "bigbird",
     "block_sparse",
     "causal",
+    "checked",
     "chunked",
     "dilated_window",
     "documents",
@@ -172,6 +173,19 @@ def predicate(
     Say ``batches=`` or ``heads=`` when it depends on them. Keep one function object: lowerings are kept by identity.
     """
     return Predicate(function, batches, heads)
+
+
+def checked(where: str, mask: Mask | Tensor | None, b: int, h: int, m: int, n: int) -> Mask | None:
+    """The ``mask`` argument of a mechanism's function, a bool tensor made a mask, after checking that it fits."""
+    if isinstance(mask, Tensor):
+        mask = explicit(mask)
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(
+            f"{where}: mask is a {type(mask).__name__}, expected a mask such as attnkit.causal(), or a bool tensor"
+        )
+    if mask is not None:
+        mask.check(b, h, m, n)
+    return mask
 
 
 def _positive(where: str, name: str, value: int, least: int = 1) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnkit import shapes
 from attnkit.dispatch import run
-from attnkit.masks import Mask, causal, explicit
+from attnkit.masks import Mask, causal, checked
 from attnkit.mechanisms.additive import chunk
 from attnkit.mechanisms.additive.reference import forward as reference
 from attnkit.spec import Backend, Cost, Laws, LayerPlace, Mechanism, Preset, Sizes
@@ -78,12 +78,7 @@ def call(
     if gain is not None:
         shapes.check(where, q=(q, "b h m d"), gain=(gain, "h"))
         shapes.check_device(where, q=q, gain=gain)
-    if isinstance(mask, Tensor):
-        mask = explicit(mask)
-    if mask is not None:
-        if not isinstance(mask, Mask):
-            raise TypeError(f"{where}: mask is a {type(mask).__name__}, expected a mask such as attnkit.causal()")
-        mask.check(*(sizes[axis] for axis in "bhmn"))
+    mask = checked(where, mask, *(sizes[axis] for axis in "bhmn"))
     return {"q": q, "k": k, "v": v, "weight": weight, "gain": gain, "mask": mask, "return_lse": return_lse}
 
 

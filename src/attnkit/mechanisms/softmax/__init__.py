@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnkit import shapes
 from attnkit.dispatch import run
-from attnkit.masks import UNBOUNDED, Mask, causal, explicit
+from attnkit.masks import UNBOUNDED, Mask, causal, checked
 from attnkit.masks.patterns import Interval
 from attnkit.mechanisms.softmax import cpu, flex, sdpa
 from attnkit.mechanisms.softmax.reference import forward as reference
@@ -143,16 +143,8 @@ def call(
 
 
 def _checked_mask(where: str, mask: Mask | Tensor | None, b: int, h: int, m: int, n: int) -> Mask | None:
-    if mask is None:
-        return None
-    if isinstance(mask, Tensor):
-        mask = explicit(mask)
-    if not isinstance(mask, Mask):
-        raise TypeError(
-            f"{where}: mask is a {type(mask).__name__}, expected a mask such as attnkit.causal(), or a bool tensor"
-        )
-    mask.check(b, h, m, n)
-    interval = mask.interval()
+    mask = checked(where, mask, b, h, m, n)
+    interval = mask.interval() if mask is not None else None
     if interval is None:
         return mask
     # A bound that no pair of this call reaches is no bound: one query under causal() is plain attention over a cache.
