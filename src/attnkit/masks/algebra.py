@@ -98,13 +98,13 @@ class Mask:
         return lowering.part(self, queries, keys, device)
 
     def reached(self, queries: tuple[int, int], n: int) -> tuple[int, int]:
-        """The range of the ``n`` keys outside which these queries surely see nothing; never empty."""
+        """The range of the ``n`` keys outside which these queries surely see nothing; empty only without keys."""
         interval = self.interval()
         if interval is None:
             return 0, n
         left, right = interval
-        low = min(max(0, queries[0] - left), n - 1)
-        return low, max(low + 1, min(n, queries[1] + right))
+        low = max(0, min(queries[0] - left, n - 1))
+        return low, min(n, max(low + 1, queries[1] + right))
 
     def block_list(self, m: int, n: int, block_q: int, block_k: int = 64) -> BlockList:
         """The non-empty tiles and their bits; kept for the next call with the same mask and sizes."""
