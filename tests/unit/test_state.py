@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from attnkit.state import KVState, TokenState, View, WindowState
+from attnkit.state import KVState, RecurrentState, TokenState, View, WindowState
 
 BATCH, HEADS, KEY, VALUE = 2, 1, 1, 2
 
@@ -270,3 +270,45 @@ def test_a_refused_append_changes_nothing() -> None:
         state.append(*tokens([3, 4], [0]))
     assert state.length == 2
     assert torch.equal(state.view().k, tokens([1, 2], [0])[0])
+
+
+def recurrent(dtype: torch.dtype = torch.float32) -> RecurrentState:
+    return RecurrentState(2, {"state": (3, 4, 5), "norm": (3, 4)}, tails={"conv": (2, 7)}, dtype=dtype)
+
+
+def test_a_recurrent_state_keeps_its_size_and_its_sums_in_float32() -> None:
+    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        state = recurrent(dtype)
+        held = state.view()
+        assert {name: x.dtype for name, x in held.items()} == {"state": wide, "norm": wide, "conv": dtype}
+        assert not any(x.any() for x in held.values())
+        assert state.nbytes == 2 * (3 * 4 * 5 + 3 * 4) * wide.itemsize + 2 * 2 * 7 * dtype.itemsize
+        state.advance(9, state=torch.ones(2, 3, 4, 5), norm=held["norm"].add_(2))
+        assert state.length == 9 and held["state"].min() == 1 and held["norm"].max() == 2
+        state.check()
+
+
+def test_a_recurrent_fork_is_a_snapshot_and_rows_are_selected() -> None:
+    state = recurrent()
+    state.advance(1, state=torch.arange(2.0)[:, None, None, None].expand(2, 3, 4, 5))
+    fork, flipped = state.fork(), state.select(torch.tensor([1, 0]))
+    state.advance(1, state=torch.full((2, 3, 4, 5), 7.0), conv=torch.ones(2, 2, 7))
+    assert fork.view()["state"][:, 0, 0, 0].tolist() == [0, 1] and not fork.view()["conv"].any()
+    assert flipped.view()["state"][:, 0, 0, 0].tolist() == [1, 0]
+    assert (state.length, fork.length, flipped.length) == (2, 1, 1)
+
+
+def test_what_a_recurrent_state_refuses() -> None:
+    state = recurrent()
+    state.advance(3)
+    state.crop(3)
+    with pytest.raises(NotImplementedError, match="cannot go back from 3 to 2 tokens.*fork before drafting"):
+        state.crop(2)
+    with pytest.raises(ValueError, match=r"norm has shape \(2, 3, 5\), expected \(2, 3, 4\)"):
+        state.advance(1, norm=torch.zeros(2, 3, 5))
+    with pytest.raises(TypeError, match="got 'nrom', expected some of"):
+        state.advance(1, nrom=torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match="got batch 2 and no tensors"):
+        RecurrentState(2, {})
+    with pytest.raises(ValueError, match=r"got batch 0 and state \(1,\), expected >= 1"):
+        RecurrentState(0, {"state": (1,)})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from attnkit.state.kv import KVState
+from attnkit.state.recurrent import RecurrentState
 from attnkit.state.rewritten import RewrittenState
 from attnkit.state.tokens import TokenState
 from attnkit.state.view import View
 from attnkit.state.window import WindowState
 
-__all__ = ["KVState", "RewrittenState", "TokenState", "View", "WindowState"]
+__all__ = ["KVState", "RecurrentState", "RewrittenState", "TokenState", "View", "WindowState"]
