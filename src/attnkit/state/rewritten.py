@@ -39,14 +39,16 @@ class RewrittenState(TokenState):
         return super().nbytes + self.tail.nbytes
 
     def rewrite(self, **tensors: Tensor) -> None:
-        """Put new tensors ``(b, heads, length, size)`` in the place of those of all tokens held."""
+        """Put new tensors ``(b, heads, w, size)`` in the place of those of the last ``w`` tokens held, or of all."""
         for name, x in tensors.items():
             held = self.view()[name]
-            if x.shape != held.shape:
+            last = held[:, :, max(0, self.length - x.shape[2]) :] if x.dim() == 4 else held
+            if x.shape != last.shape:
                 raise ValueError(
-                    f"RewrittenState.rewrite: {name} has shape {tuple(x.shape)}, expected {tuple(held.shape)}"
+                    f"RewrittenState.rewrite: {name} has shape {tuple(x.shape)}, expected {tuple(held.shape)} or fewer "
+                    f"tokens, the last ones"
                 )
-            held.copy_(x)
+            last.copy_(x)
 
     def crop(self, length: int) -> None:
         """Refused: the tokens to be forgotten have already changed the others."""
