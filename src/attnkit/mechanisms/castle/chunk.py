@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad, silu
+from torch.nn.functional import pad
 
 from attnkit.masks import causal
 from attnkit.mechanisms.softmax import softmax_attention
@@ -33,7 +33,9 @@ def forward(
     lookahead_scale: float,
 ) -> Tensor:
     o: Tensor
-    o, _ = _Castle.apply(q, k, v, lookahead_q, lookahead_k, lookahead_v, window, scale, lookahead_scale)
+    o, _ = _Castle.apply(  # type: ignore[no-untyped-call]
+        q, k, v, lookahead_q, lookahead_k, lookahead_v, window, scale, lookahead_scale
+    )
     return o
 
 
@@ -96,16 +98,27 @@ def _walk(
             met = (scaled @ values.mT).tril(end - start - (last - row))
             strips = [scaled @ still.to(work).mT, scaled @ moving[:, :, :to].mT]
             strips[1][..., first:] += met @ taken.mT
-            bias = -silu(torch.cat(strips, -1))
+            s = torch.cat(strips, -1)
             o[:, :, row:last], lse[:, :, row:last] = softmax_attention(
-                queries, k[:, :, :seen], v[:, :, :seen], mask=causal(), scale=scale, bias=bias, return_lse=True
+                queries,
+                k[:, :, :seen],
+                v[:, :, :seen],
+                mask=causal(),
+                scale=scale,
+                bias=-s * _sigmoid(s),
+                return_lse=True,
             )
         moving[:, :, first:to] += taken @ values
     return o, lse
 
 
 def _taken(lookahead_q: Tensor, lookahead_k: Tensor, scale: float) -> Tensor:
-    return torch.sigmoid(lookahead_q @ lookahead_k.mT * scale)
+    return _sigmoid(lookahead_q @ lookahead_k.mT * scale)
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """The logistic function; torch's own rounds the last elements of a tensor differently from the others."""
+    return torch.reciprocal(1 + torch.exp(-x))
 
 
 class _Castle(torch.autograd.Function):
@@ -134,34 +147,26 @@ class _Castle(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        found = _backward(*ctx.saved_tensors, slope, ctx.window, ctx.scale, ctx.lookahead_scale)
-        return *(x.to(given.dtype) for x, given in zip(found, ctx.saved_tensors, strict=False)), None, None, None
+        saved = ctx.saved_tensors
+        found = _backward(saved, slope, ctx.window, ctx.scale, ctx.lookahead_scale)
+        return *(x.to(given.dtype) for x, given in zip(found, saved, strict=False)), None, None, None
 
 
 def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lookahead_q: Tensor,
-    lookahead_k: Tensor,
-    lookahead_v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    slope: Tensor,
-    window: int,
-    scale: float,
-    lookahead_scale: float,
+    saved: tuple[Tensor, ...], slope: Tensor, window: int, scale: float, lookahead_scale: float
 ) -> tuple[Tensor, ...]:
     """Gradients of the six tensors; ``page.md`` has the formulas, in which a block of keys meets all later queries."""
+    q, k, v, lookahead_q, lookahead_k, lookahead_v, o, lse = saved
     work, m, n = lse.dtype, q.shape[2], k.shape[2]
     blocks = -(-n // BLOCK)
     tail = blocks * BLOCK - n
 
     def cut(x: Tensor, front: int = 0) -> Tensor:
         """``(b, h, blocks, BLOCK, size)``, filled up with tokens of zeros."""
-        return pad(x.to(work), (0, 0, front, tail)).unflatten(2, (blocks, BLOCK))
+        filled: Tensor = pad(x.to(work), (0, 0, front, tail)).unflatten(2, (blocks, BLOCK))
+        return filled
 
     # The queries that are not there have an infinite log-sum-exp: their weights, and so all their gradients, are 0.
     off = n - m
@@ -187,13 +192,15 @@ def _backward(
         keys = moves[:, :, when]
         s = q_[:, :, rest] @ keys.mT * lookahead_scale
         s[:, :, :count] += met[:, :, near] @ taken.mT
-        logits = q_[:, :, rest] @ k_[:, :, block : block + 1].mT * scale - silu(s)
+        gate = _sigmoid(s)
+        logits = q_[:, :, rest] @ k_[:, :, block : block + 1].mT * scale - s * gate
         weights = torch.exp(logits - lse_[:, :, rest])
         weights[:, :, 0] = weights[:, :, 0].tril()
         d_v[:, :, block] = (weights.mT @ slope_[:, :, rest]).sum(2)
         d_logits = weights * (slope_[:, :, rest] @ v_[:, :, block : block + 1].mT - mean[:, :, rest])
+        if block == 0:
+            d_logits[:, :, 0, 0] = 0  # the first token sees one key, whose weight is 1 whatever its logit
         d_k[:, :, block] = (d_logits.mT @ q_[:, :, rest]).sum(2) * scale
-        gate = torch.sigmoid(s)
         d_s = -d_logits * gate * (1 + s * (1 - gate))
         d_q[:, :, rest] += d_logits @ k_[:, :, block : block + 1] * scale + d_s @ keys * lookahead_scale
         d_met[:, :, near] += d_s[:, :, :count] @ taken
