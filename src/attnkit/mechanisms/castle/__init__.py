@@ -263,7 +263,7 @@ SPEC = Mechanism(
     function=castle_attention,
     sample=sample,
     reference=reference,
-    backends=(Backend("chunk", _chunk, finite_only=True), Backend("reference", _reference, finite_only=True)),
+    backends=(Backend("chunk", _chunk, finite_only=True), Backend("reference", _reference)),
     laws=Laws(causal=True, stateful=True, step_equals_prefill=True, length_invariant=True),
     cost=cost,
     layer=CastleAttention,

@@ -27,5 +27,8 @@ def forward(
     taken = torch.sigmoid(lookahead_q.to(work) @ lookahead_k.to(work).mT * lookahead_scale).triu(1).tril(window)
     # A query meets what came up to its own token: j <= i.
     met = (q.to(work) @ lookahead_v.to(work).mT * lookahead_scale).tril(n - m)
-    o: Tensor = softmax_attention(q, k, v, mask=causal(), scale=scale, bias=-silu(met @ taken.mT), backend="reference")
+    # What is NaN spoils the queries that meet it, and not those for which it counts 0 times.
+    spoiled = taken.isnan().cumsum(-1)[..., n - m :].mT > 0
+    s = torch.where(spoiled, torch.nan, met @ taken.nan_to_num(0).mT)
+    o: Tensor = softmax_attention(q, k, v, mask=causal(), scale=scale, bias=-silu(s), backend="reference")
     return o

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ def _add(name: str, mistake: str, **wrong: Any) -> None:
 
 def _equation(
     call: dict[str, Any],
-    open_=torch.sigmoid,
-    later=lambda taken, window: taken.triu(1).tril(window),
-    met=lambda products, past: products.tril(past),
-    bias=lambda s, scale: -silu(s),
+    open_: Callable[[Tensor], Tensor] = torch.sigmoid,
+    later: Callable[[Tensor, int], Tensor] = lambda taken, window: taken.triu(1).tril(window),
+    met: Callable[[Tensor, int], Tensor] = lambda products, past: products.tril(past),
+    bias: Callable[[Tensor, float], Tensor] = lambda s, scale: -silu(s),
     lookahead_scale: float | None = None,
 ) -> Tensor:
     q, k, v = (call[name] for name in "qkv")
