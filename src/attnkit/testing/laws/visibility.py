@@ -144,7 +144,7 @@ def empty_rows(spec: Mechanism, backend: str, rng: random.Random) -> None:
 
 def _empty_rows_have_no_gradient(spec: Mechanism, backend: str, arguments: runs.Arguments, empty: Tensor) -> None:
     leaves = {name: x.detach().clone().requires_grad_() for name, x in runs.tensors(arguments).items()}
-    wanted = {**arguments, **leaves, "return_lse": False}
+    wanted = {name: x for name, x in {**arguments, **leaves}.items() if name != "return_lse"}
     if runs.reasons(spec, backend, wanted):
         return
     o = runs.run(spec, backend, wanted)[0]
