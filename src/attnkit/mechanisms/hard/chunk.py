@@ -1,0 +1,107 @@
+"""Blocks of queries whose scores stay within ``ELEMENTS``; the chosen values are gathered and no weights multiplied.
+
+Memory is one block's scores, in the backward as well, where each block is computed again. An interval mask (causal, a
+window) also cuts the keys of a block to those in reach.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
+
+from attnkit.masks import Mask
+from attnkit.mechanisms.hard.reinforce import log_prob_and_entropy
+from attnkit.noise import gumbel
+
+ELEMENTS = 1 << 22
+"""Scores at once, 16 MB of float32."""
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None,
+    scale: float,
+    kind: str,
+    temperature: float,
+    seed: int | None,
+    return_log_prob: bool,
+) -> Any:
+    (b, h, m, _), n = q.shape, k.shape[2]
+    settings = (scale, kind, temperature, seed, return_log_prob)
+    if n == 0:
+        work = torch.promote_types(q.dtype, torch.float32)
+        o, nothing = q.new_zeros(b, h, m, v.shape[3]), q.new_zeros(b, h, m, dtype=work)
+        return (o, nothing, nothing.clone()) if return_log_prob else o
+    row = b * h * n
+    if m * row <= ELEMENTS:
+        return _block(q, k, v, mask, (n - m, n), (0, n), *settings)
+    size, parts = max(1, ELEMENTS // row), []
+    for start in range(0, m, size):
+        end = min(start + size, m)
+        queries = (n - m + start, n - m + end)
+        low, high = (0, n) if mask is None else mask.reached(queries, n)
+        part = (q[:, :, start:end], k[:, :, low:high], v[:, :, low:high], mask, queries, (low, high), *settings)
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(_block, *part, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(_block(*part))
+    if return_log_prob:
+        return tuple(torch.cat(found, 2) for found in zip(*parts, strict=True))
+    return torch.cat(parts, 2)
+
+
+def _block(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None,
+    queries: tuple[int, int],
+    keys: tuple[int, int],
+    scale: float,
+    kind: str,
+    temperature: float,
+    seed: int | None,
+    return_log_prob: bool,
+) -> Any:
+    """The queries and keys at these ranges of positions."""
+    (b, h, m, d), (g, n) = q.shape, k.shape[1:3]
+    work = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(work).reshape(b, g, h // g * m, d) @ k.to(work).mT).view(b, h, m, n) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask.part(queries, keys, q.device), -torch.inf)
+    noisy = scores
+    if seed is not None:
+        positions = (torch.arange(*span, device=q.device) for span in (queries, keys))
+        noisy = scores + gumbel(seed, b, h, *positions).to(work)
+    choice = noisy.argmax(-1)  # the first of equals
+    top = noisy.detach().gather(-1, choice[..., None])
+    rows = torch.arange(b, device=q.device)[:, None, None]
+    heads = (torch.arange(h, device=q.device) // (h // g))[:, None]
+    o = v[rows, heads, choice]
+    if kind != "sample" and torch.is_grad_enabled():
+        soft = torch.softmax(noisy.masked_fill(top == -torch.inf, 0.0) / temperature, -1)
+        o = StraightThrough.apply(o, soft, v.detach())  # type: ignore[no-untyped-call]
+    o = o.masked_fill(top == -torch.inf, 0.0).masked_fill(top.isnan(), torch.nan)
+    return (o, *log_prob_and_entropy(scores, choice)) if return_log_prob else o
+
+
+class StraightThrough(Function):
+    """``o`` as it is, with the gradient of ``weights @ v`` for the weights: the product itself is never computed."""
+
+    @staticmethod
+    def forward(ctx: Any, o: Tensor, weights: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(v)
+        ctx.weights = weights.shape, weights.dtype
+        return o.view_as(o)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Any:
+        ((slope,), (v,), (shape, work)) = slopes, ctx.saved_tensors, ctx.weights
+        (b, h, m, e), g = slope.shape, v.shape[1]
+        return slope, (slope.to(work).reshape(b, g, h // g * m, e) @ v.to(work).mT).view(shape), None
