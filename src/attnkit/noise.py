@@ -15,7 +15,8 @@ def bits(seed: int, b: int, h: int, queries: Tensor, keys: Tensor, count: int) -
     ``queries`` ``(m,)`` and ``keys`` ``(n,)`` are absolute positions, int64.
     """
     device = queries.device
-    hashed = torch.full((), seed, dtype=torch.int64, device=device)
+    # The seed is mixed alone first: seed 1 of sequence 0 would be seed 0 of sequence 1.
+    hashed = _mix(torch.full((), seed, dtype=torch.int64, device=device))
     for axis, index in enumerate((torch.arange(b, device=device), torch.arange(h, device=device), queries, keys)):
         hashed = _mix(hashed ^ index.reshape([-1] + [1] * (3 - axis)))
     return _shift(hashed, 64 - count)
