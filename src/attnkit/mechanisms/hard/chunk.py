@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.utils.checkpoint import checkpoint
 
+from attnkit.blocks import joined, spans
 from attnkit.masks import Mask
 from attnkit.mechanisms.hard.reinforce import log_prob_and_entropy
 from attnkit.noise import gumbel
@@ -38,22 +38,12 @@ def forward(
         work = torch.promote_types(q.dtype, torch.float32)
         o, nothing = q.new_zeros(b, h, m, v.shape[3]), q.new_zeros(b, h, m, dtype=work)
         return (o, nothing, nothing.clone()) if return_log_prob else o
-    row = b * h * n
-    if m * row <= ELEMENTS:
-        return _block(q, k, v, mask, (n - m, n), (0, n), *settings)
-    size, parts = max(1, ELEMENTS // row), []
-    for start in range(0, m, size):
-        end = min(start + size, m)
+    parts = []
+    for start, end in spans(m, max(1, ELEMENTS // (b * h * n))):
         queries = (n - m + start, n - m + end)
         low, high = (0, n) if mask is None else mask.reached(queries, n)
-        part = (q[:, :, start:end], k[:, :, low:high], v[:, :, low:high], mask, queries, (low, high), *settings)
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(_block, *part, use_reentrant=False, preserve_rng_state=False))
-        else:
-            parts.append(_block(*part))
-    if return_log_prob:
-        return tuple(torch.cat(found, 2) for found in zip(*parts, strict=True))
-    return torch.cat(parts, 2)
+        parts.append((q[:, :, start:end], k[:, :, low:high], v[:, :, low:high], mask, queries, (low, high), *settings))
+    return joined(_block, parts)
 
 
 def _block(
