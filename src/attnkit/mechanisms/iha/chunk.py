@@ -1,0 +1,72 @@
+"""One call of softmax attention over all pseudo tokens; under gradients, in blocks of queries where that saves memory.
+
+A flat mask without a window is plain causal attention, and any other one goes to the native kernel as a list of blocks.
+torch, which has the gradients, wants such a mask as a dense tensor: so training goes over blocks of queries, each with
+the keys it can see, and the backward computes each block again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from attnkit.masks import Mask
+from attnkit.mechanisms.iha.virtual import Order, pseudo_tokens, visibility
+from attnkit.mechanisms.softmax import softmax_attention
+from attnkit.positions import Rotary
+
+BLOCK = 512
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mix_q: Tensor,
+    mix_k: Tensor,
+    mix_v: Tensor,
+    collapse: Tensor,
+    causal: Order | None,
+    window: int | None,
+    rotary: Rotary | None,
+    scale: float,
+) -> Tensor:
+    m, n, p = q.shape[2], k.shape[2], mix_q.shape[2]
+    queries = pseudo_tokens(q, mix_q, rotary=rotary, start=n - m)
+    keys = pseudo_tokens(k, mix_k, rotary=rotary)
+    values = pseudo_tokens(v, mix_v)
+    if window is not None and window >= n:
+        window = None
+    mask = visibility(causal, window, p)
+    if mask is None or mask.interval() is not None or m * p <= BLOCK or not _trains(queries, keys, values):
+        return collapsed(softmax_attention(queries, keys, values, mask=mask, scale=scale), collapse, p)
+    rows, step = [], max(1, BLOCK // p)
+    for start in range(0, m, step):
+        end = min(start + step, m)
+        first = 0 if window is None else max(0, n - m + start + 1 - window)
+        seen = slice(first * p, (n - m + end) * p)
+        parts = (queries[:, :, start * p : end * p], keys[:, :, seen], values[:, :, seen], mask, scale)
+        rows.append(checkpoint(_block, *parts, use_reentrant=False, preserve_rng_state=False))
+    return collapsed(torch.cat(rows, 2), collapse, p)
+
+
+def _trains(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    """Queries at the end of the keys they see: the mask knows distances only, so the keys before are not missed."""
+    o: Tensor = softmax_attention(q, k, v, mask=mask, scale=scale)
+    return o
+
+
+def collapsed(o: Tensor, collapse: Tensor, p: int) -> Tensor:
+    """One result a token and head ``(b, h, m, e)`` of results of pseudo tokens ``(b, h, m * p, e)``."""
+    work = torch.promote_types(o.dtype, torch.float32)
+    apart, shares = o.unflatten(2, (-1, p)).to(work), collapse.to(work)
+    if shares.shape[1] == p:
+        joined = torch.einsum("bhmpe,hp->bhme", apart, shares)
+    else:
+        joined = torch.einsum("bjmpe,hjp->bhme", apart, shares.unflatten(1, (-1, p)))
+    return joined.to(o.dtype)
