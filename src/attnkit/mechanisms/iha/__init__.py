@@ -143,7 +143,7 @@ def iha_attention_step(
         raise ValueError(f"{where}: got {sizes['n']} pseudo keys, expected {p} for each token of the state")
     shapes.check_last(where, m, n)
     first, length = (0, n) if positions is None else (int(positions.min()), int(positions.max()) + 1)
-    queries = pseudo_tokens(q, mix_q, rotary=rotary, start=length - m)
+    queries = pseudo_tokens(q, mix_q, rotary=rotary, start=length - m).to(k.dtype)
     if window is not None and window >= length - first:
         window = None
     # One query of the order "token" sees all that is left: no mask to make for every length anew.

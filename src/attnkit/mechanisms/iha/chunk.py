@@ -40,7 +40,7 @@ def forward(
         window = None
     mask = visibility(causal, window, p)
     if mask is None or mask.interval() is not None or m * p <= BLOCK or not _trains(queries, keys, values):
-        return collapsed(softmax_attention(queries, keys, values, mask=mask, scale=scale), collapse, p)
+        return collapsed(softmax_attention(queries, keys, values, mask=mask, scale=scale), collapse, p).to(q.dtype)
     rows, step = [], max(1, BLOCK // p)
     for start in range(0, m, step):
         end = min(start + step, m)
@@ -48,7 +48,7 @@ def forward(
         seen = slice(first * p, (n - m + end) * p)
         parts = (queries[:, :, start * p : end * p], keys[:, :, seen], values[:, :, seen], mask, scale)
         rows.append(checkpoint(_block, *parts, use_reentrant=False, preserve_rng_state=False))
-    return collapsed(torch.cat(rows, 2), collapse, p)
+    return collapsed(torch.cat(rows, 2), collapse, p).to(q.dtype)
 
 
 def _trains(*tensors: Tensor) -> bool:
@@ -63,10 +63,7 @@ def _block(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
 
 def collapsed(o: Tensor, collapse: Tensor, p: int) -> Tensor:
     """One result a token and head ``(b, h, m, e)`` of results of pseudo tokens ``(b, h, m * p, e)``."""
-    work = torch.promote_types(o.dtype, torch.float32)
-    apart, shares = o.unflatten(2, (-1, p)).to(work), collapse.to(work)
+    apart, shares = o.unflatten(2, (-1, p)), collapse.to(o.dtype)
     if shares.shape[1] == p:
-        joined = torch.einsum("bhmpe,hp->bhme", apart, shares)
-    else:
-        joined = torch.einsum("bjmpe,hjp->bhme", apart, shares.unflatten(1, (-1, p)))
-    return joined.to(o.dtype)
+        return torch.einsum("bhmpe,hp->bhme", apart, shares)
+    return torch.einsum("bjmpe,hjp->bhme", apart, shares.unflatten(1, (-1, p)))

@@ -103,7 +103,7 @@ class InterleavedHeadAttention(nn.Module):
         keys = pseudo_tokens(k, self.mix_k, rotary=c.rotary, start=state.length)
         values = pseudo_tokens(v, self.mix_v)
         # Side by side in the channels of their token, pseudo tokens lie in memory as they do along the sequence.
-        view = state.append(*(y.unflatten(2, (-1, c.pseudo)).flatten(3) for y in (keys, values)))
+        view = state.append(*(y.unflatten(2, (-1, c.pseudo)).flatten(3).to(x.dtype) for y in (keys, values)))
         o = iha_attention_step(
             q,
             *(y.unflatten(3, (c.pseudo, -1)).flatten(2, 3) for y in (view.k, view.v)),

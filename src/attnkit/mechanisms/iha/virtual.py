@@ -33,14 +33,17 @@ def pseudo_tokens(x: Tensor, mix: Tensor, *, rotary: Rotary | None = None, start
 
     Returns
     -------
-    (b, h, n * p, d) in x's dtype, mixed and turned in float32 at least.
+    (b, h, n * p, d), in float32 at least: it is an intermediate result.
     """
     work = torch.promote_types(x.dtype, torch.float32)
-    mixed = torch.einsum("bjnd,jhp->bhnpd", x.to(work), mix.to(work)).flatten(2, 3)
+    # Sequence by sequence: one product over the whole batch would round the gradient of the mixture worse.
+    shares = mix.to(work).flatten(1).T.expand(x.shape[0], -1, -1)
+    mixed = torch.bmm(shares, x.to(work).flatten(2)).view(x.shape[0], *mix.shape[1:], *x.shape[2:])
+    mixed = mixed.transpose(2, 3).flatten(2, 3)
     if rotary is not None:
         first = start * mix.shape[2]
         mixed = rotary.rotate(mixed, torch.arange(first, first + mixed.shape[2], device=x.device))
-    return mixed.to(x.dtype)
+    return mixed
 
 
 @dataclass(frozen=True, repr=False)
