@@ -54,14 +54,15 @@ def gold(spec: Mechanism, arguments: Arguments) -> Results:
 
 
 def naive(spec: Mechanism, arguments: Arguments) -> Results:
-    """The definition in plain arithmetic of the inputs' own dtype, with the scale multiplied into the keys.
+    """The definition in plain arithmetic of the inputs' own dtype, with the scale multiplied into ``k`` and ``*_k``.
 
     Two correct programs multiply in different orders; without the changed order this would be the reference itself, and
     a budget made from it would be empty.
     """
     call = spec.call(**arguments)
     if "scale" in call and "k" in call:
-        call = {**call, "k": call["k"] * call["scale"], "scale": 1.0}
+        keys = [name for name, x in call.items() if name == "k" or (name.endswith("_k") and isinstance(x, Tensor))]
+        call = {**call, **{name: call[name] * call["scale"] for name in keys}, "scale": 1.0}
     with Rounded(next(iter(tensors(arguments).values())).dtype):
         return results(spec.reference(**call))
 
