@@ -123,7 +123,9 @@ def _listed(marks: Tensor, b: int, n: int) -> Tensor:
     """Positions ``(b, c)`` of the marked tokens, -1 behind those of sequences that have fewer than ``c``."""
     if marks.dtype != torch.bool or tuple(marks.shape) != (b, n):
         raise ValueError(
-            f"LongformerAttention: global_tokens is {marks.dtype} of shape {tuple(marks.shape)}, expected bool ({b}, {n})"
+            f"LongformerAttention: global_tokens is {marks.dtype} of shape {tuple(marks.shape)}, "
+            f"expected torch.bool of shape {(b, n)}"
         )
-    order = marks.int().argsort(-1, descending=True, stable=True)[:, : int(marks.sum(-1).max()) if b and n else 0]
+    most = int(marks.sum(-1).max()) if b and n else 0
+    order = torch.argsort(marks.int(), dim=-1, descending=True, stable=True)[:, :most]
     return torch.where(marks.gather(1, order), order, -1)

@@ -73,7 +73,7 @@ def _heads_permuted(
 ) -> dict[str, Any]:
     mixed = {name: x[:, groups] for name, x in along(arguments, 1, g).items()}
     mixed |= {name: x[:, heads] for name, x in along(arguments, 1, h).items() if g != h or name == "q"}
-    # What is left of a size h in front belongs to the heads themselves: sinks, slopes, a mechanism's weights or layouts.
+    # What is left of a size h in front belongs to the heads themselves: sinks, slopes, weights, layouts.
     rest = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor) and name not in mixed}
     return mixed | {name: x[heads] for name, x in rest.items() if x.dim() and len(x) == h}
 
