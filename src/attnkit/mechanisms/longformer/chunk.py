@@ -32,26 +32,37 @@ def forward(
     scale: float,
 ) -> Tensor:
     n = q.shape[2]
-    beside = _gathered(k, global_positions), _gathered(v, global_positions)
     hidden = ~keep | marks(global_positions, n)
     nowhere = (global_positions < 0)[:, None]
-    local = []
-    for start, end in _blocks(n):
+    beside = _gathered(k, global_positions), _gathered(v, global_positions)
+    # Split once: the gradient of a slice is as long as what it was cut from, and each block would make one.
+    queries, keys, values = (_split(x) for x in (q, k, v))
+    local, start = [], 0
+    for block in queries:
+        end = start + block.shape[2]
         low, high = max(0, start - radius), min(n, end + radius)
         far = _far(start, end, low, high, radius, q.device)
         masked = torch.cat([far | hidden[:, None, low:high], nowhere.expand(-1, end - start, -1)], -1)
-        local.append((q[:, :, start:end], k[:, :, low:high], v[:, :, low:high], *beside, masked, scale))
-    rows = [
-        (global_q[:, :, start:end], global_k, global_v, None, None, ~keep[:, None], scale)
-        for start, end in _blocks(global_q.shape[2])
-    ]
+        near = ([*_between(x, low, high), more] for x, more in zip((keys, values), beside, strict=True))
+        local.append((block, *near, masked, scale))
+        start = end
+    rows = [(block, [global_k], [global_v], ~keep[:, None], scale) for block in _split(global_q)]
     return placed(_joined(local), _joined(rows), global_positions, keep)
 
 
-def _blocks(n: int) -> list[tuple[int, int]]:
-    if n <= BLOCK:
-        return [(0, n)]
-    return [(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+def _split(x: Tensor) -> tuple[Tensor, ...]:
+    return (x,) if x.shape[2] <= BLOCK else x.split(BLOCK, 2)
+
+
+def _between(blocks: tuple[Tensor, ...], low: int, high: int) -> list[Tensor]:
+    """Tokens ``low`` to ``high`` of what was split, in pieces."""
+    if len(blocks) == 1:
+        return [blocks[0][:, :, low:high]]
+    first, last = low // BLOCK, (high - 1) // BLOCK
+    cut = list(blocks[first : last + 1])
+    cut[-1] = cut[-1][:, :, : high - last * BLOCK]
+    cut[0] = cut[0][:, :, low - first * BLOCK :]
+    return cut
 
 
 def _far(start: int, end: int, low: int, high: int, radius: int, device: torch.device) -> Tensor:
@@ -65,19 +76,15 @@ def _gathered(x: Tensor, positions: Tensor) -> Tensor:
     return x.gather(2, index)
 
 
-def _block(
-    q: Tensor, k: Tensor, v: Tensor, more_k: Tensor | None, more_v: Tensor | None, masked: Tensor, scale: float
-) -> Tensor:
-    """Attention to ``k`` and ``more_k`` where ``masked`` ``(b, queries | 1, keys)`` is False."""
-    if more_k is not None and more_v is not None:
-        k, v = torch.cat([k, more_k], 2), torch.cat([v, more_v], 2)
+def _joined(blocks: list[Any]) -> Tensor:
+    if len(blocks) == 1 or not torch.is_grad_enabled():
+        return torch.cat([_block(*block) for block in blocks], 2)
+    return torch.cat([checkpoint(_block, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks], 2)
+
+
+def _block(q: Tensor, keys: list[Tensor], values: list[Tensor], masked: Tensor, scale: float) -> Tensor:
+    """Attention to the keys, which come in pieces, where ``masked`` ``(b, queries | 1, keys)`` is False."""
     # In the logits and not as a mask: masks are kept for the next call, and each block has its own.
     bias = q.new_zeros(masked.shape).masked_fill(masked, -torch.inf)[:, None]
-    o: Tensor = softmax_attention(q, k, v, bias=bias, scale=scale)
+    o: Tensor = softmax_attention(q, torch.cat(keys, 2), torch.cat(values, 2), bias=bias, scale=scale)
     return o
-
-
-def _joined(parts: list[Any]) -> Tensor:
-    if len(parts) == 1 or not torch.is_grad_enabled():
-        return torch.cat([_block(*part) for part in parts], 2)
-    return torch.cat([checkpoint(_block, *part, use_reentrant=False, preserve_rng_state=False) for part in parts], 2)
