@@ -76,6 +76,10 @@ class Laws:
     soft: bool = True
     """Weights are a differentiable function of the scores and equal scores share. Else one key is chosen: the first of
     equals, a positive scale shows in gradients only, and the gradient of scores is an estimate and no derivative."""
+    every_key: bool = True
+    """Every key that a query may see counts for it; none is left out by choice."""
+    weights_sum_to_one: bool = True
+    """Values that are all 1 give 1 wherever something is visible."""
 
 
 @dataclass(frozen=True)
