@@ -116,8 +116,7 @@ def _scores(q: Tensor, k: Tensor, first: int, block: Keys, wanted: Wanted) -> tu
     if not block.partly:
         return scores, torch.full((1, 1, 1), block.high - block.low, device=q.device)
     assert wanted.mask is not None
-    rows, columns = (torch.arange(*ends, device=q.device) for ends in ((first, first + m), block[:2]))
-    visible = wanted.mask.at(rows, columns)
+    visible = wanted.mask.part((first, first + m), (block.low, block.high), q.device)
     return scores.masked_fill_(~visible, -torch.inf), visible.sum(-1)
 
 
