@@ -132,7 +132,9 @@ def extremes(spec: Mechanism, backend: str, rng: random.Random) -> None:
     """
     dtype = rng.choice((torch.float32, torch.bfloat16, torch.float16))
     m, n = rng.choice(((1, 70), (49, 49)))
-    arguments = sample(spec, rng, dtype, b=2, h=2, g=1, m=m, n=n, d=64, e=8)
+    # A head size whose root is no power of 2: else multiplying by the scale rounds nothing, the plain run is the
+    # definition bit for bit, and the budget is how well that one order of sums happened to do.
+    arguments = sample(spec, rng, dtype, b=2, h=2, g=1, m=m, n=n, d=59, e=8)
     rng.choice(EXTREMES)(arguments["q"], arguments["k"])
     try:
         runs.assert_matches(spec, "reference", arguments)
