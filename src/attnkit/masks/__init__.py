@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnkit.masks.algebra import And, Mask, Not, Or
+from attnkit.masks.blocks import bigbird_layout, random_blocks
 from attnkit.masks.held import BlockSparse, Documents, Explicit, Moved, Padding
 from attnkit.masks.lowering import BlockList
 from attnkit.masks.patterns import (
@@ -35,6 +36,7 @@ __all__ = [
     "Not",
     "Or",
     "bigbird",
+    "bigbird_layout",
     "block_sparse",
     "causal",
     "checked",
@@ -48,6 +50,7 @@ __all__ = [
     "padding",
     "predicate",
     "prefix",
+    "random_blocks",
     "strided",
     "symmetric_window",
     "window",
@@ -136,13 +139,8 @@ def bigbird(length: int, block: int = 64, *, window: int = 3, random: int = 3, h
     Random blocks differ by head and never repeat a window or global block (arXiv 2007.14062).
     """
     blocks = -(-_positive("bigbird", "length", length) // _positive("bigbird", "block", block))
-    i = torch.arange(blocks)
-    layout = ((i[:, None] - i).abs() <= window // 2).repeat(heads, 1, 1)
-    layout[:, [0, -1]] = True
-    layout[:, :, [0, -1]] = True
-    chance = torch.rand(layout.shape, generator=torch.Generator().manual_seed(seed)).masked_fill(layout, -1.0)
-    value, index = chance.topk(min(random, blocks), dim=-1)
-    layout.scatter_(-1, index, layout.gather(-1, index) | (value >= 0))
+    layout = torch.zeros(heads, blocks, blocks, dtype=torch.bool)
+    layout |= bigbird_layout(random_blocks(blocks, window=window, random=random, heads=heads, seed=seed), window)
     return block_sparse(layout, block)
 
 
