@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnkit import shapes
 from attnkit.dispatch import run
-from attnkit.masks import Mask, causal, explicit
+from attnkit.masks import Mask, causal, checked
 from attnkit.mechanisms.topk import chunk
 from attnkit.mechanisms.topk.counts import check, most
 from attnkit.mechanisms.topk.reference import forward as reference
@@ -78,12 +78,7 @@ def call(
     shapes.check_same(where, q=q, k=k, v=v)
     shapes.check_groups(where, sizes["h"], sizes["g"])
     check(where, top, density)
-    if isinstance(mask, Tensor):
-        mask = explicit(mask)
-    if mask is not None:
-        if not isinstance(mask, Mask):
-            raise TypeError(f"{where}: mask is a {type(mask).__name__}, expected a mask such as attnkit.causal()")
-        mask.check(*(sizes[axis] for axis in "bhmn"))
+    mask = checked(where, mask, *(sizes[axis] for axis in "bhmn"))
     scale = sizes["d"] ** -0.5 if scale is None else float(scale)
     return {"q": q, "k": k, "v": v, "top": top, "density": density, "mask": mask, "scale": scale}
 
@@ -117,15 +112,15 @@ def sample(
 def cost(
     sizes: Sizes,
     *,
-    top: int | None = None,
+    top: int | None = 32,
     density: float | None = None,
     mask: Mask | None = None,
     itemsize: int = 4,
 ) -> Cost:
-    """Cost of one call: every visible pair is scored, and the kept ones are weighed."""
+    """Cost of one call: every visible pair is scored, and the kept ones are weighed; ``density`` rules over ``top``."""
     s = sizes
     pairs = s.m * s.n if mask is None else mask.visible_pairs(s.m, s.n) // (mask.batches * mask.heads)
-    kept = min(pairs, s.m * most(s.n, top, density))
+    kept = min(pairs, s.m * most(s.n, top if density is None else None, density))
     token = s.g * (s.d + s.e) * itemsize
     return Cost(
         flops=2 * s.b * s.h * (pairs * s.d + kept * s.e),
