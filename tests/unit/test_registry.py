@@ -36,6 +36,7 @@ def test_records_are_complete() -> None:
         assert spec.presets or not spec.laws.causal, "a mechanism that can mix a decoder's tokens has a row to compare"
         assert len({b.name for b in spec.backends}) == len(spec.backends)
         assert len({p.name for p in spec.presets}) == len(spec.presets)
+        assert not {p.name for p in spec.presets} & set(mechanisms()), "a mechanism's name stands for all its rows"
 
 
 def test_unknown_names_are_one_sentence() -> None:

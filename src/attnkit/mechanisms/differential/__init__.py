@@ -160,5 +160,5 @@ SPEC = Mechanism(
     cost=cost,
     layer=DifferentialAttention,
     state=KVState,
-    presets=(Preset("differential", "Differential", "arXiv 2410.05258", _preset),),
+    presets=(Preset("diff", "Differential", "arXiv 2410.05258", _preset),),
 )

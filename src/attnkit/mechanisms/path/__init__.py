@@ -199,7 +199,7 @@ SPEC = Mechanism(
     layer=PathAttention,
     state=RewrittenState,
     presets=(
-        Preset("path", "PaTH", "arXiv 2505.16381", _path),
+        Preset("path_plain", "PaTH", "arXiv 2505.16381", _path),
         Preset("path_fox", "PaTH with forget gates", "arXiv 2505.16381", _path_fox),
     ),
 )
