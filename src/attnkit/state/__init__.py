@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from attnkit.state.kv import KVState
+from attnkit.state.pyramid import PyramidState
 from attnkit.state.recurrent import RecurrentState
 from attnkit.state.rewritten import RewrittenState
 from attnkit.state.tokens import TokenState
 from attnkit.state.view import View
 from attnkit.state.window import WindowState
 
-__all__ = ["KVState", "RecurrentState", "RewrittenState", "TokenState", "View", "WindowState"]
+__all__ = ["KVState", "PyramidState", "RecurrentState", "RewrittenState", "TokenState", "View", "WindowState"]
