@@ -1,0 +1,124 @@
+"""The layer: projections of the finest level, the maps between levels, and one that joins what all of them found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from attnkit.mechanisms.hierarchical import cost, hierarchical_attention, hierarchical_attention_step
+from attnkit.positions import Rotary
+from attnkit.shapes import check_groups
+from attnkit.spec import Cost, Sizes
+from attnkit.state import PyramidState
+
+
+@dataclass(frozen=True)
+class HierarchicalConfig:
+    """A pyramid of ``levels`` attentions, each over every second token of the one below.
+
+    ``inner`` is the width of tokens above the finest level, ``width`` when None. ``kv_heads`` None is one KV head a
+    query head.
+    """
+
+    width: int
+    heads: int
+    kv_heads: int | None = None
+    levels: int = 3
+    inner: int | None = None
+    rotary: Rotary | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.width < 1 or self.width % self.heads:
+            raise ValueError(
+                f"HierarchicalConfig: got width {self.width} and {self.heads} heads, expected a width that heads divide"
+            )
+        check_groups("HierarchicalConfig", self.heads, self.groups)
+        if self.levels < 1 or self.inner_width < 1:
+            raise ValueError(
+                f"HierarchicalConfig: got {self.levels} levels and inner {self.inner_width}, expected at least 1 each"
+            )
+        if self.rotary is not None and self.rotary.head_size != self.head_size:
+            raise ValueError(
+                f"HierarchicalConfig: rotary is made for head size {self.rotary.head_size}, heads have {self.head_size}"
+            )
+
+    @property
+    def groups(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def inner_width(self) -> int:
+        return self.width if self.inner is None else self.inner
+
+
+class HierarchicalAttention(nn.Module):
+    """The pyramid on ``(b, n, width)``; ``forward`` for whole sequences, ``step`` for decoding through a state.
+
+    All maps start as N(0, 1/inputs).
+    """
+
+    def __init__(self, config: HierarchicalConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.q = nn.Linear(c.width, c.width, bias=False)
+        self.k, self.v = (nn.Linear(c.width, c.groups * c.head_size, bias=False) for _ in range(2))
+        self.o = nn.Linear(c.levels * c.width, c.width, bias=False)
+        for linear in (self.q, self.k, self.v, self.o):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        above, size, inner = c.levels - 1, c.head_size, c.inner_width
+
+        def drawn(inputs: int, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.randn(above, *shape) * inputs**-0.5) if above else None
+
+        self.down = drawn(c.width, c.heads, size, inner)
+        self.q_weight = drawn(inner, c.heads, inner, size)
+        self.k_weight, self.v_weight = (drawn(inner, c.groups, inner, size) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend within ``x`` ``(b, n, width)``; returns the same shape."""
+        c = self.config
+        o = hierarchical_attention(*self._project(x), *self._between(), rotary=c.rotary, backend=c.backend)
+        return self._out(o)
+
+    def state(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> PyramidState:
+        """An empty state for ``capacity`` tokens: a cache a level, and the results that stand until the next token."""
+        c = self.config
+        sizes = (c.head_size, c.head_size)
+        return PyramidState(batch, c.groups, c.levels, capacity, *sizes, results=c.heads, dtype=dtype, device=device)
+
+    def step(self, x: Tensor, state: PyramidState) -> tuple[Tensor, PyramidState]:
+        """Feed the next token or tokens ``x`` ``(b, m, width)``; any split of a sequence gives ``forward``'s rows."""
+        o = hierarchical_attention_step(*self._project(x), state, *self._between(), rotary=self.config.rotary)
+        return self._out(o), state
+
+    def cost(self, m: int, n: int, *, batch: int = 1, dtype: torch.dtype = torch.float32) -> Cost:
+        """What the attention of ``m`` new tokens over ``n`` takes, and the state that holds ``n``."""
+        c = self.config
+        sizes = Sizes(batch, c.heads, c.groups, m, n, c.head_size, c.head_size)
+        return cost(sizes, levels=c.levels, inner=c.inner_width, itemsize=dtype.itemsize)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        size = self.config.head_size
+        q, k, v = (linear(x).unflatten(-1, (-1, size)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        return q, k, v
+
+    def _between(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        return self.down, self.q_weight, self.k_weight, self.v_weight
+
+    def _out(self, o: Tensor) -> Tensor:
+        y: Tensor = self.o(o.transpose(1, 2).flatten(2))
+        return y
