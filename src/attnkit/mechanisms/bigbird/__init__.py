@@ -119,8 +119,8 @@ def _check_blocks(where: str, random: Tensor, h: int, blocks: int, window: int) 
     if bool(wrong.any()):
         head, line, place = (int(x) for x in wrong.nonzero()[0])
         raise ValueError(
-            f"{where}: random_blocks holds {int(inner[head, line, place])} for block {line + 1} of head {head}, expected "
-            f"-1, or 1 to {blocks - 2} outside its window and each once"
+            f"{where}: random_blocks holds {int(inner[head, line, place])} for block {line + 1} of head {head}, "
+            f"expected -1, or 1 to {blocks - 2} outside its window and each once"
         )
 
 

@@ -28,8 +28,7 @@ def forward(
     keep: Tensor,
     scale: float,
 ) -> Tensor:
-    n = q.shape[2]
-    blocks = -(-n // block)
+    n, blocks = q.shape[2], random_blocks.shape[1]
     if blocks <= 2:
         return _full(q, k, v, keep, scale).masked_fill(~keep[:, None, :, None], 0.0)
     short = blocks * block - n
@@ -68,15 +67,18 @@ def _joined(calls: list[Any]) -> Tensor:
 
 def _inner(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, there: Tensor, real: Tensor, scale: float) -> Tensor:
     """Blocks of queries ``(b, h, s, block, d)`` over those of ``k`` ``(b, g, blocks, block, d)`` that each has seen."""
-    (b, h, s, block, d), (g, blocks) = q.shape, k.shape[1:3]
+    (b, h, s, block, _), (g, blocks) = q.shape, k.shape[1:3]
+    c = seen.shape[2] * block
     seen, there = (x.expand(h, -1, -1).transpose(0, 1) for x in (seen, there))  # (s, h, c)
     owner = torch.arange(h, device=q.device)[:, None] // (h // g)
     index = (owner * blocks + seen).flatten()
     # A block of queries becomes a sequence of the batch, whose keys are those that it gathered.
-    keys, values = (x.flatten(1, 2).index_select(1, index).reshape(b * s, h, -1, x.shape[-1]) for x in (k, v))
-    sees = (real[:, seen] & there[..., None]).reshape(b * s, h, 1, -1)
-    o = softmax_attention(q.transpose(1, 2).flatten(0, 1), keys, values, bias=_hidden(sees, q), scale=scale)
-    found: Tensor = o.reshape(b, s, h, block, -1).transpose(1, 2)
+    keys, values = (x.flatten(1, 2).index_select(1, index).reshape(b * s, h, c, x.shape[-1]) for x in (k, v))
+    sees = real.index_select(1, seen.flatten()) & there.flatten()[:, None]
+    o = softmax_attention(
+        q.transpose(1, 2).flatten(0, 1), keys, values, bias=_hidden(sees.reshape(b * s, h, 1, c), q), scale=scale
+    )
+    found: Tensor = o.unflatten(0, (b, s)).transpose(1, 2)
     return found
 
 

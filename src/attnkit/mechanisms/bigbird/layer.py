@@ -43,8 +43,8 @@ class BigBirdConfig:
         check_groups("BigBirdConfig", self.heads, self.groups)
         if self.block < 1 or self.random < 0 or self.window < 1 or self.window % 2 == 0:
             raise ValueError(
-                f"BigBirdConfig: block is {self.block}, window {self.window} and random {self.random}, expected a block of "
-                f"at least 1, an odd window and at least 0 random blocks"
+                f"BigBirdConfig: block is {self.block}, window {self.window} and random {self.random}, expected a "
+                f"block of at least 1, an odd window and at least 0 random blocks"
             )
         if self.rotary is not None and self.rotary.head_size != self.head_size:
             raise ValueError(
