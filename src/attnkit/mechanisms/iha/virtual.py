@@ -41,8 +41,7 @@ def pseudo_tokens(x: Tensor, mix: Tensor, *, rotary: Rotary | None = None, start
     mixed = torch.bmm(shares, x.to(work).flatten(2)).view(x.shape[0], *mix.shape[1:], *x.shape[2:])
     mixed = mixed.transpose(2, 3).flatten(2, 3)
     if rotary is not None:
-        first = start * mix.shape[2]
-        mixed = rotary.rotate(mixed, torch.arange(first, first + mixed.shape[2], device=x.device))
+        mixed = rotary.rotate(mixed, torch.arange(mixed.shape[2], device=x.device) + start * mix.shape[2])
     return mixed
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from attnkit.masks import Mask, causal
-from attnkit.mechanisms.softmax import cost, softmax_attention
+from attnkit.mechanisms.softmax import cost, softmax_attention, streaming
 from attnkit.positions import Rotary, T5Buckets, alibi_slopes
 from attnkit.shapes import check_groups
 from attnkit.spec import Cost, Sizes
@@ -21,8 +22,9 @@ class SoftmaxConfig:
 
     ``kv_heads`` None is MHA, 1 is MQA, a divisor of ``heads`` GQA. ``head_size`` is ``width // heads`` when None and
     ``value_size`` is ``head_size``. ``mask`` None is bidirectional. ``alibi`` and ``t5`` are position biases and
-    ``rotary`` turns queries and keys; none of them leaves the order of tokens to the mask (NoPE). ``sink`` learns one
-    logit a head.
+    ``rotary`` turns queries and keys; none of them leaves the order of tokens to the mask (NoPE). ``positions`` says
+    where tokens stand for ``rotary``: in the text, or in the cache of a mask that lets go of keys (StreamingLLM).
+    ``sink`` learns one logit a head.
     """
 
     width: int
@@ -32,6 +34,7 @@ class SoftmaxConfig:
     value_size: int | None = None
     mask: Mask | None = field(default_factory=causal)
     rotary: Rotary | None = None
+    positions: Literal["text", "cache"] = "text"
     alibi: bool = False
     t5: T5Buckets | None = None
     qk_norm: bool = False
@@ -54,6 +57,17 @@ class SoftmaxConfig:
             )
         if self.alibi and self.t5 is not None:
             raise ValueError("SoftmaxConfig: alibi and t5 are both on, expected one position bias: drop one")
+        if self.positions not in ("text", "cache"):
+            raise ValueError(f"SoftmaxConfig: positions is {self.positions!r}, expected 'text' or 'cache'")
+        if self.positions == "cache":
+            if self.rotary is None or self.alibi or self.t5 is not None:
+                raise ValueError("SoftmaxConfig: positions are those of the cache, expected rotary= and no alibi or t5")
+            reach = self.mask.reach() if self.mask is not None else None
+            if reach is None or not reach.exact:
+                raise ValueError(
+                    f"SoftmaxConfig: positions are those of the cache and the mask is {self.mask!r}, expected one that "
+                    f"shows the last keys and the first: (window(128) | global_tokens(4)) & causal()"
+                )
 
     @property
     def groups(self) -> int:
@@ -103,8 +117,7 @@ class SoftmaxAttention(nn.Module):
         if context is not None:
             return self._attend(q, k, v, mask, None)
         positions = torch.arange(x.shape[1], device=x.device)
-        if self.config.rotary is not None:
-            q, k = self.config.rotary.rotate(q, positions), self.config.rotary.rotate(k, positions)
+        q, k = self._in_cache(q, k, positions, positions) if self._streams else self._in_text(q, k, positions)
         own = self.config.mask
         joined = own & mask if own is not None and mask is not None else own or mask
         return self._attend(q, k, v, joined, (positions, positions))
@@ -138,12 +151,30 @@ class SoftmaxAttention(nn.Module):
         """Feed the next token or tokens ``x`` ``(b, m, width)``; any split of a sequence gives ``forward``'s rows."""
         q, k, v = self._project(x, x)
         positions = torch.arange(state.length, state.length + x.shape[1], device=x.device)
-        if self.config.rotary is not None:
-            q, k = self.config.rotary.rotate(q, positions), self.config.rotary.rotate(k, positions)
+        if not self._streams:
+            q, k = self._in_text(q, k, positions)
         view, mask = state.append(k, v).for_queries(self.config.mask, x.shape[1])
         keys = torch.arange(view.length, device=x.device) if view.positions is None else view.positions
-        y = self._attend(q, view.k, view.v, mask, (positions, keys), ordered=view.positions is None)
+        k = view.k
+        if self._streams:  # slots change as tokens leave, so the state holds keys that are not turned
+            q, k = self._in_cache(q, k, positions, keys)
+        y = self._attend(q, k, view.v, mask, (positions, keys), ordered=view.positions is None)
         return y, state
+
+    @property
+    def _streams(self) -> bool:
+        return self.config.positions == "cache"
+
+    def _in_text(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        rotary = self.config.rotary
+        return (q, k) if rotary is None else (rotary.rotate(q, positions), rotary.rotate(k, positions))
+
+    def _in_cache(self, q: Tensor, k: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        rotary, reach = self.config.rotary, self.config.mask and self.config.mask.reach()
+        assert rotary is not None and reach is not None
+        if len(queries) == 1:
+            return streaming.by_slot(rotary, q, k, keys)
+        return streaming.by_distance(rotary, q, k, queries, keys, reach)
 
     def _project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
@@ -178,7 +209,7 @@ class SoftmaxAttention(nn.Module):
             k,
             v,
             mask=mask,
-            scale=c.scale,
+            scale=c.key_size**-0.5 if c.scale is None else c.scale,
             bias=bias,
             alibi=alibi,
             softcap=c.softcap,

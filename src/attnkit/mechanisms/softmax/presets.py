@@ -35,6 +35,12 @@ PRESETS = (
         lambda p: _rotary(p, mask=(window(p.window) | global_tokens(4)) & causal()),
     ),
     Preset(
+        "streaming",
+        "StreamingLLM",
+        "arXiv 2309.17453",
+        lambda p: _rotary(p, mask=(window(p.window) | global_tokens(4)) & causal(), positions="cache"),
+    ),
+    Preset(
         "dilated",
         "Dilated window",
         "arXiv 2004.05150",

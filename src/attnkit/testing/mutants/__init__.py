@@ -45,13 +45,26 @@ class Mutants(dict[str, Mutant]):
         """Add a mutant that runs ``wrong(spec)`` on the checked call."""
         self[name] = Mutant(name, mistake, lambda spec: wrong_backend(spec, wrong(spec)))
 
-    def replacing(self, name: str, mistake: str, owner: Any, attribute: str, wrong: Callable[[Any], Any]) -> None:
-        """Add a mutant in which ``owner.attribute`` is ``wrong(the right one)``."""
+    def replacing(
+        self,
+        name: str,
+        mistake: str,
+        owner: Any,
+        attribute: str,
+        wrong: Callable[[Any], Any],
+        *,
+        preset: str | None = None,
+    ) -> None:
+        """Add a mutant in which ``owner.attribute`` is ``wrong(the right one)``.
+
+        ``preset`` is the only one that runs it: laws draw layers from all presets, and would seldom draw this one.
+        """
 
         @contextmanager
         def planted(spec: Mechanism) -> Iterator[Mechanism]:
             right = mock.patch.object(owner, attribute, wrong(getattr(owner, attribute)))
-            with right, wrong_backend(spec, spec.reference) as planted_spec:
+            among = dataclasses.replace(spec, presets=(spec.preset(preset),)) if preset else spec
+            with right, wrong_backend(among, spec.reference) as planted_spec:
                 yield planted_spec
 
         self[name] = Mutant(name, mistake, planted)

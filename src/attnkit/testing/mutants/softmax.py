@@ -15,7 +15,7 @@ import attnkit
 from attnkit.masks import UNBOUNDED, And, Mask, Not, Or
 from attnkit.masks.held import BlockSparse, Documents, Padding
 from attnkit.masks.patterns import Chunked, Dilated, Fixed, GlobalTokens, Interval, Prefix, Strided
-from attnkit.mechanisms.softmax import SoftmaxAttention
+from attnkit.mechanisms.softmax import SoftmaxAttention, streaming
 from attnkit.positions import Rotary
 from attnkit.state import KVState, WindowState
 from attnkit.testing.mutants import Mutants
@@ -286,6 +286,27 @@ def _shared_fork(right: Any) -> Any:
     return fork
 
 
+def _slots_of_the_ring(right: Any) -> Any:
+    def by_slot(rotary: Rotary, q: Tensor, k: Tensor, positions: Tensor) -> Any:
+        return right(rotary, q, k, torch.arange(len(positions)))
+
+    return by_slot
+
+
+def _query_after_the_cache(right: Any) -> Any:
+    def by_slot(rotary: Rotary, q: Tensor, k: Tensor, positions: Tensor) -> Any:
+        return rotary.rotate(q, torch.tensor([len(positions)])), right(rotary, q, k, positions)[1]
+
+    return by_slot
+
+
+def _first_tokens_in_text(right: Any) -> Any:
+    def by_distance(rotary: Rotary, q: Tensor, k: Tensor, queries: Tensor, keys: Tensor, reach: Any) -> Any:
+        return right(rotary, q, k, queries, keys, reach._replace(window=UNBOUNDED))
+
+    return by_distance
+
+
 MUTANTS.replacing("merge_without_weights", "parts averaged whatever their weight", attnkit, "merge", _without_weights)
 MUTANTS.replacing("ring_off_by_one", "a wrapped ring writes one slot late", WindowState, "_write", _ring_off_by_one)
 MUTANTS.replacing("step_position_plus_1", "a step rotates by the next position", Rotary, "rotate", _next_position)
@@ -293,3 +314,9 @@ MUTANTS.replacing("rotary_layout", "steps pair channels in the other style", Rot
 MUTANTS.replacing("dropout_in_eval", "dropout stays on in evaluation", SoftmaxAttention, "_attend", _always_training)
 MUTANTS.replacing("crop_keeps_one", "a rejected token stays in the cache", KVState, "crop", _crop_keeps_one)
 MUTANTS.replacing("shared_fork", "a fork writes into its origin's memory", KVState, "fork", _shared_fork)
+for _name, _mistake, _attribute, _wrong in (
+    ("slots_of_the_ring", "slots in the order of the ring", "by_slot", _slots_of_the_ring),
+    ("query_after_the_cache", "the query stands past its cache", "by_slot", _query_after_the_cache),
+    ("first_tokens_in_text", "a prompt's first tokens drift away", "by_distance", _first_tokens_in_text),
+):
+    MUTANTS.replacing(_name, _mistake, streaming, _attribute, _wrong, preset="streaming")
