@@ -6,6 +6,11 @@
 // Short enough to keep two threads busy from 2,000 keys on with one KV head, long enough that merging costs nothing.
 constexpr int64_t kSplitKeys = 512;
 constexpr int64_t kMostSplits = 64;
+// Ranges of one KV head that a thread takes in a row, so that it can fetch the start of the next.
+constexpr int64_t kMostRun = 4;
+// Keys whose scores, weights and values are worked off together: few enough that what is fetched ahead, the values of the
+// same keys or the next keys, and what is in use fit any second cache many times.
+constexpr int64_t kWalkKeys = 32;
 constexpr int64_t kScoreRow = kBlockKeys + kWidth;  // room for the last chunk of keys to run over
 
 // Products of query and key rows, a vector of the row at a time.
@@ -62,10 +67,11 @@ class Decode {
   void run(char* scratch) const {
     float* const parts = reinterpret_cast<float*>(scratch);
     const int64_t tasks = s_.b * (s_.h / heads_) * splits_;
+    const int64_t run = clamp<int64_t>(tasks / (8 * threads_), 1, kMostRun);
 #pragma omp parallel num_threads(static_cast<int>(threads_)) if (threads_ > 1)
     {
       const Work work(*this, scratch + part_bytes() + thread_number() * work_bytes());
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, run)
       for (int64_t task = 0; task < tasks; ++task) {
         const int64_t walk = task / splits_;
         const int64_t batch = walk / (s_.h / heads_), head = walk % (s_.h / heads_) * heads_;
@@ -122,37 +128,48 @@ class Decode {
     const int64_t start = (first_split_ + split) * split_keys_;
     const KeyBlocks blocks(s_, batch, head, 0, {most(keys_.begin, start), least(keys_.end, start + split_keys_)});
     for (int64_t entry = blocks.entry; entry < blocks.entry_end; ++entry) {
-      const int64_t next = blocks.key_block(least(entry + 1, blocks.entry_end - 1));
-      attend_block(w, batch, head, blocks.key_block(entry), blocks.words(entry), next);
+      // What follows an interval's range is most likely this thread's next one.
+      const bool known = entry + 1 < blocks.entry_end || !s_.offsets;
+      attend_block(w, batch, head, blocks.key_block(entry), blocks.words(entry),
+                   known ? blocks.key_block(entry + 1) * kBlockKeys : s_.n);
     }
   }
 
+  // `next_key` is the first key of the block after this one; n if there is none.
   void attend_block(const Work& w, int64_t batch, int64_t head, int64_t key_block, const int64_t* words,
-                    int64_t next_block) const {
-    uint64_t any = 0, every = kAll;
-    for (int64_t i = 0; i < s_.m; ++i) {
-      w.words[i] = visible_word(s_, i, key_block, words);
-      any |= w.words[i];
-      every &= w.words[i];
-    }
+                    int64_t next_key) const {
+    uint64_t any = 0;
+    for (int64_t i = 0; i < s_.m; ++i) any |= w.words[i] = visible_word(s_, i, key_block, words);
     if (any == 0) return;
     // Keys outside [begin, end) are not even read.
     const int64_t begin = __builtin_ctzll(any), end = kBlockKeys - __builtin_clzll(any);
-    const int64_t group = head / (s_.h / s_.g), key = key_block * kBlockKeys;
+    for (int64_t first = begin / kWalkKeys * kWalkKeys; first < end; first += kWalkKeys) {
+      const int64_t after = first + kWalkKeys;
+      attend_keys(w, batch, head, key_block * kBlockKeys, most(begin, first), least(end, after),
+                  after < end ? key_block * kBlockKeys + after : next_key);
+    }
+  }
+
+  // Keys [begin, end) of the block that starts at `key`, at most kWalkKeys; those at `next_key` are read after them.
+  void attend_keys(const Work& w, int64_t batch, int64_t head, int64_t key, int64_t begin, int64_t end,
+                   int64_t next_key) const {
+    const int64_t group = head / (s_.h / s_.g);
     const T* all_keys = static_cast<const T*>(s_.k) + batch * s_.k_b + group * s_.k_g;
     const T* keys = all_keys + key * s_.k_n;
     const T* values = static_cast<const T*>(s_.v) + batch * s_.v_b + group * s_.v_g + key * s_.v_n;
 
     in_rows([&](auto rows, int64_t r) { score<rows.count>(w, keys, values, begin, end, r); });
+    uint64_t every = kAll;
+    for (int64_t i = 0; i < s_.m; ++i) every &= w.words[i];
     for (int64_t r = 0; r < rows_; ++r) weigh(w, batch, head, key, begin, end, r);
-    const bool hidden = s_.bias || every != bit_range(begin, end);
+    const uint64_t read = bit_range(begin, end);
+    const bool hidden = s_.bias || (every & read) != read;
     if (hidden && !finite(values, begin, end)) {
       add_visible_values(w, values, begin, end);
     } else {
-      const Range next = {next_block * kBlockKeys, least(s_.n, (next_block + 1) * kBlockKeys)};
       in_rows([&](auto rows, int64_t r) {
-        add_values<rows.count>(w, values, begin, end, r, r == 0 ? all_keys + next.begin * s_.k_n : nullptr,
-                               next.end - next.begin);
+        const bool fetches = r == 0 && next_key < s_.n;
+        add_values<rows.count>(w, values, begin, end, r, fetches ? all_keys + next_key * s_.k_n : nullptr, s_.n - next_key);
       });
     }
   }
@@ -173,10 +190,9 @@ class Decode {
     if (r < rows_) f(Rows<1>(), r);
   }
 
-  // Keys and values take turns, and the processor does not guess that: whoever works on one fetches the other. Measured on
-  // one Zen 5 core at n = 32768, d = 128: 12 to 22 GB/s in float32.
-  // Products of kCount rows with as many keys at a time as give one vector of sums. Keys one after the other, as they lie
-  // in memory. Fetches the values that are needed next.
+  // Products of kCount rows with as many keys at a time as give one vector of sums. Keys and values take turns, and the
+  // processor does not guess that: whoever works on one fetches the other, a row at a time. Keys are read one after the
+  // other, as they lie in memory: reading four at once halves what the processor fetches by itself.
   template <int kCount>
   void score(const Work& w, const T* keys, const T* values, int64_t begin, int64_t end, int64_t r) const {
     constexpr int kKeys = kWidth / kCount;
@@ -187,13 +203,12 @@ class Decode {
       const T* row[kKeys];
 #pragma GCC unroll 16
       for (int k = 0; k < kKeys; ++k) row[k] = keys + least(c + k, end - 1) * s_.k_n;
-      if (r == 0)
-        for (int k = 0; k < kKeys; ++k) prefetch_row(values + least(c + k, end - 1) * s_.v_n, s_.e);
       Vec acc[kWidth];
 #pragma GCC unroll 16
       for (int j = 0; j < kWidth; ++j) acc[j] = zero();
 #pragma GCC unroll 16
       for (int k = 0; k < kKeys; ++k) {
+        if (r == 0) prefetch_row(values + least(c + k, end - 1) * s_.v_n, s_.e);
         for (int64_t j = 0; j < whole; ++j) {
           const auto x = Product::load_key(row[k] + j * Product::kNumbers);
 #pragma GCC unroll 4
@@ -263,11 +278,9 @@ class Decode {
     int64_t column = 0;
     for (; column + kStrip <= s_.e; column += kStrip) {
       add_strip<kCount, kStripVectors>(w, values, begin, end, r, column, kWidth, next, next_count);
-      next = nullptr;
     }
     for (; column < s_.e; column += kWidth) {
       add_strip<kCount, 1>(w, values, begin, end, r, column, least<int64_t>(kWidth, s_.e - column), next, next_count);
-      next = nullptr;
     }
   }
 
@@ -282,8 +295,11 @@ class Decode {
     for (int i = 0; i < kCount; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) acc[i][j] = load(sums + i * value_columns_ + j * kWidth);
+    // Every strip fetches its part of the next keys; the last one what is left of them.
+    const int64_t stop = column + kVectors * kWidth;
+    const int64_t part = (stop < s_.e ? least(stop, s_.d) : s_.d) - column;
     for (int64_t c = begin; c < end; ++c) {
-      if (next) prefetch_row(next + least(c - begin, next_count - 1) * s_.k_n, s_.d);
+      if (next) prefetch_row(next + least(c - begin, next_count - 1) * s_.k_n + column, part);
       const T* row = values + c * s_.v_n + column;
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {

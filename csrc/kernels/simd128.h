@@ -156,5 +156,3 @@ ATTNKIT_INLINE Vec sum_each(const Vec (&r)[4]) {
   transpose(t);
   return (t[0] + t[1]) + (t[2] + t[3]);
 }
-
-ATTNKIT_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }

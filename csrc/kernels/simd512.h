@@ -129,8 +129,6 @@ ATTNKIT_INLINE Vec sum_each(const Vec (&r)[16]) {
   return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
 }
 
-ATTNKIT_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-
 #if defined(ATTNKIT_BF16_DOT)
 // A vector of pairs of bf16 numbers, one pair in each 32-bit lane.
 using Pairs = __m512i;
