@@ -169,7 +169,7 @@ class Decode {
     } else {
       in_rows([&](auto rows, int64_t r) {
         const bool fetches = r == 0 && next_key < s_.n;
-        add_values<rows.count>(w, values, begin, end, r, fetches ? all_keys + next_key * s_.k_n : nullptr, s_.n - next_key);
+        add_values<rows.count>(w, values, begin, end, r, fetches ? all_keys + next_key * s_.k_n : nullptr);
       });
     }
   }
@@ -208,7 +208,7 @@ class Decode {
       for (int j = 0; j < kWidth; ++j) acc[j] = zero();
 #pragma GCC unroll 16
       for (int k = 0; k < kKeys; ++k) {
-        if (r == 0) prefetch_row(values + least(c + k, end - 1) * s_.v_n, s_.e);
+        if (r == 0) prefetch_row(values + (c + k) * s_.v_n, s_.e);
         for (int64_t j = 0; j < whole; ++j) {
           const auto x = Product::load_key(row[k] + j * Product::kNumbers);
 #pragma GCC unroll 4
@@ -271,23 +271,23 @@ class Decode {
     store(totals, total);
   }
 
-  // Adds the values of keys [begin, end), and fetches the `next_count` keys that are read after them, if `next` is given.
+  // Adds the values of keys [begin, end), and fetches as many keys from `next` on, if it is given. Fetching past the last
+  // key does no harm.
   template <int kCount>
-  void add_values(const Work& w, const T* values, int64_t begin, int64_t end, int64_t r, const T* next,
-                  int64_t next_count) const {
+  void add_values(const Work& w, const T* values, int64_t begin, int64_t end, int64_t r, const T* next) const {
     int64_t column = 0;
     for (; column + kStrip <= s_.e; column += kStrip) {
-      add_strip<kCount, kStripVectors>(w, values, begin, end, r, column, kWidth, next, next_count);
+      add_strip<kCount, kStripVectors>(w, values, begin, end, r, column, kWidth, next);
     }
     for (; column < s_.e; column += kWidth) {
-      add_strip<kCount, 1>(w, values, begin, end, r, column, least<int64_t>(kWidth, s_.e - column), next, next_count);
+      add_strip<kCount, 1>(w, values, begin, end, r, column, least<int64_t>(kWidth, s_.e - column), next);
     }
   }
 
   // `last` is the number of columns in the only vector of a narrow strip.
   template <int kCount, int kVectors>
   void add_strip(const Work& w, const T* values, int64_t begin, int64_t end, int64_t r, int64_t column, int64_t last,
-                 const T* next, int64_t next_count) const {
+                 const T* next) const {
     float* sums = w.sums + r * value_columns_ + column;
     const float* weights = w.weights + r * kScoreRow;
     Vec acc[kCount][kVectors];
@@ -299,7 +299,7 @@ class Decode {
     const int64_t stop = column + kVectors * kWidth;
     const int64_t part = (stop < s_.e ? least(stop, s_.d) : s_.d) - column;
     for (int64_t c = begin; c < end; ++c) {
-      if (next) prefetch_row(next + least(c - begin, next_count - 1) * s_.k_n + column, part);
+      if (next) prefetch_row(next + (c - begin) * s_.k_n + column, part);
       const T* row = values + c * s_.v_n + column;
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {
@@ -327,7 +327,7 @@ class Decode {
   void add_visible_values(const Work& w, const T* values, int64_t begin, int64_t end) const {
     for (int64_t r = 0; r < rows_; ++r)
       for (int64_t c = begin; c < end; ++c)
-        if (w.scores[r * kScoreRow + c] != -kInfinity) add_values<1>(w, values, c, c + 1, r, nullptr, 0);
+        if (w.scores[r * kScoreRow + c] != -kInfinity) add_values<1>(w, values, c, c + 1, r, nullptr);
   }
 
   void keep(const Work& w, float* parts, int64_t batch, int64_t head, int64_t split) const {
