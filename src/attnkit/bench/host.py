@@ -23,13 +23,16 @@ QUIET = 0.1
 
 
 def cpu_model() -> str:
-    """The processor's name for itself."""
+    """The processor's name for itself, with family and model where it has them: clouds call many of them the same."""
     info = Path("/proc/cpuinfo")
+    found: dict[str, str] = {}
     if info.is_file():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.lower().startswith(("model name", "cpu model")):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip().lower(), value.strip())
+    name = found.get("model name") or found.get("cpu model") or platform.processor() or platform.machine()
+    which = [f"{key.removeprefix('cpu ')} {found[key]}" for key in ("cpu family", "model") if key in found]
+    return ", ".join([name, *which])
 
 
 def cores() -> int:
