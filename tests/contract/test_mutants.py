@@ -1,4 +1,4 @@
-"""Every wrong program that somebody once shipped is noticed by some law, in float32; prints which law notices what."""
+"""Every wrong program that somebody once shipped is noticed by some law, in float32; prints which law notices it first."""
 
 from __future__ import annotations
 
@@ -13,23 +13,20 @@ from attnkit.testing.mutants import BACKEND, wrong_backend
 
 # A wrong scale or a lost key hides in the rounding of half precision; mutants repeat themselves as well as the truth.
 IN_FLOAT32 = [law for law in LAWS.values() if law.name not in ("definition_in_half_precision", "deterministic")]
-ENOUGH = 3
+CONTROL = 2
 
 
-def killers(spec: Mechanism) -> list[str]:
-    """The first few laws that the backend ``mutant`` breaks."""
-    found = []
+def killer(spec: Mechanism, examples: int | None = None) -> str | None:
+    """The first law that the backend ``mutant`` breaks."""
     for law in IN_FLOAT32:
-        if not law.applies(spec, BACKEND) or len(found) == ENOUGH:
-            continue
-        for seed in range(law.examples):
-            torch.manual_seed(seed)
-            try:
-                law(spec, BACKEND, seed)
-            except AssertionError:
-                found.append(law.name)
-                break
-    return found
+        if law.applies(spec, BACKEND):
+            for seed in range(examples or law.examples):
+                torch.manual_seed(seed)
+                try:
+                    law(spec, BACKEND, seed)
+                except AssertionError:
+                    return law.name
+    return None
 
 
 PLANTED = [(name, mutant) for name in mechanisms() for mutant in mutants.of(name)]
@@ -39,17 +36,17 @@ PLANTED = [(name, mutant) for name in mechanisms() for mutant in mutants.of(name
 def test_mutant_is_killed(mechanism: str, name: str) -> None:
     mutant = mutants.of(mechanism)[name]
     with mutant.planted(get(mechanism)) as spec:
-        found = killers(spec)
-    print(f"{mechanism:12} {name:24} {mutant.mistake:58} {', '.join(found)}")
+        found = killer(spec)
+    print(f"{mechanism:16} {name:24} {mutant.mistake:58} {found}")
     assert found, f"no law notices the mutant {name} of {mechanism}: {mutant.mistake}"
 
 
 @pytest.mark.parametrize("mechanism", mechanisms())
 def test_definition_is_not_killed(mechanism: str) -> None:
-    """The control: the same machinery around the right program."""
+    """The control: the same machinery around the right program, which the laws of its own lane try at length."""
     spec = get(mechanism)
     with wrong_backend(spec, spec.reference) as control:
-        assert killers(control) == []
+        assert killer(control, CONTROL) is None
 
 
 @pytest.mark.parametrize("mechanism", mechanisms())
