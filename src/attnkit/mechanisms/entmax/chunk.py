@@ -21,7 +21,7 @@ ELEMENTS = 1 << 22
 
 def forward(q: Tensor, k: Tensor, v: Tensor, alpha: float, mask: Mask | None, scale: float) -> Tensor:
     (b, h, m, _), n = q.shape, k.shape[2]
-    if n == 0:
+    if b * h * n == 0:
         return q.new_zeros(b, h, m, v.shape[3])
     parts = []
     for start, end in spans(m, max(1, ELEMENTS // (b * h * n))):

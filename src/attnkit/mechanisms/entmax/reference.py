@@ -10,6 +10,8 @@ from attnkit.masks import Mask, full
 
 def forward(q: Tensor, k: Tensor, v: Tensor, alpha: float, mask: Mask | None, scale: float) -> Tensor:
     (b, h, m, d), (g, n, e) = q.shape, v.shape[1:]
+    if n == 0:
+        return q.new_zeros(b, h, m, e)
     work = torch.promote_types(q.dtype, torch.float32)
     grouped = q.to(work).reshape(b, g, h // g, m, d)
     scores = torch.einsum("bgrmd,bgnd->bgrmn", grouped, k.to(work)).reshape(b, h, m, n) * scale
