@@ -27,17 +27,22 @@ def gumbel(seed: int, b: int, h: int, queries: Tensor, keys: Tensor) -> Tensor:
 
     Positions are as in ``bits``. 52 bits and a half are the most that float64 holds: no logarithm of 0 or of 1.
     """
-    uniform = (bits(seed, b, h, queries, keys, 52).double() + 0.5) * 2.0**-52
-    return -torch.log(-torch.log(uniform))
+    uniform = bits(seed, b, h, queries, keys, 52).double().add_(0.5).mul_(2.0**-52)
+    return uniform.log_().neg_().log_().neg_()
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014) on int64, whose products wrap."""
-    x = x + -0x61C8864680B583EB
-    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _shift(x, 31)
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014) on int64, whose products wrap; changes ``x``."""
+    x += -0x61C8864680B583EB
+    x ^= _shift(x, 30)
+    x *= -0x40A7B892E31B1A47
+    x ^= _shift(x, 27)
+    x *= -0x6B2FB644ECCEEE15
+    x ^= _shift(x, 31)
+    return x
 
 
 def _shift(x: Tensor, by: int) -> Tensor:
-    return (x >> by) & ((1 << (64 - by)) - 1)
+    shifted = x >> by
+    shifted &= (1 << (64 - by)) - 1
+    return shifted

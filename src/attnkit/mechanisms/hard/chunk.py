@@ -62,23 +62,33 @@ def _block(
     """The queries and keys at these ranges of positions."""
     (b, h, m, d), (g, n) = q.shape, k.shape[1:3]
     work = torch.promote_types(q.dtype, torch.float32)
-    scores = (q.to(work).reshape(b, g, h // g * m, d) @ k.to(work).mT).view(b, h, m, n) * scale
+    asks = (q.to(work) * scale).reshape(b, g, h // g * m, d)
+    scores = (asks @ k.to(work).mT).view(b, h, m, n)
+    empty = None
     if mask is not None:
-        scores = scores.masked_fill(~mask.part(queries, keys, q.device), -torch.inf)
+        keep = mask.part(queries, keys, q.device)
+        # A row without keys takes them all, so that nothing becomes NaN, and loses result and gradient at the end.
+        empty = ~keep.any(-1)
+        scores = scores.masked_fill(~(keep | empty[..., None]), -torch.inf)
     noisy = scores
     if seed is not None:
         positions = (torch.arange(*span, device=q.device) for span in (queries, keys))
         noisy = scores + gumbel(seed, b, h, *positions).to(work)
     choice = noisy.argmax(-1)  # the first of equals
-    top = noisy.detach().gather(-1, choice[..., None])
     rows = torch.arange(b, device=q.device)[:, None, None]
     heads = (torch.arange(h, device=q.device) // (h // g))[:, None]
     o = v[rows, heads, choice]
     if kind != "sample" and torch.is_grad_enabled():
-        soft = torch.softmax(noisy.masked_fill(top == -torch.inf, 0.0) / temperature, -1)
+        soft = torch.softmax(noisy if temperature == 1 else noisy / temperature, -1)
         o = StraightThrough.apply(o, soft, v.detach())  # type: ignore[no-untyped-call]
-    o = o.masked_fill(top == -torch.inf, 0.0).masked_fill(top.isnan(), torch.nan)
-    return (o, *log_prob_and_entropy(scores, choice)) if return_log_prob else o
+    undefined = noisy.detach().gather(-1, choice[..., None]).isnan()
+    found = [o.masked_fill(undefined, torch.nan)]
+    if return_log_prob:
+        found += log_prob_and_entropy(scores, choice)
+    if empty is not None:
+        hidden = empty.expand(b, h, m)
+        found = [x.masked_fill(hidden[..., None] if x.dim() > 3 else hidden, 0.0) for x in found]
+    return tuple(found) if return_log_prob else found[0]
 
 
 class StraightThrough(Function):
