@@ -34,7 +34,7 @@ def forward(
 ) -> Any:
     (b, h, m, _), n = q.shape, k.shape[2]
     settings = (scale, kind, temperature, seed, return_log_prob)
-    if n == 0:
+    if b * h * n == 0:
         work = torch.promote_types(q.dtype, torch.float32)
         o, nothing = q.new_zeros(b, h, m, v.shape[3]), q.new_zeros(b, h, m, dtype=work)
         return (o, nothing, nothing.clone()) if return_log_prob else o
