@@ -1,4 +1,4 @@
-"""Every wrong program that somebody once shipped is noticed by some law, in float32; prints which law notices it first."""
+"""Every wrong program that somebody once shipped is noticed by some law, in float32; prints which notices it first."""
 
 from __future__ import annotations
 
