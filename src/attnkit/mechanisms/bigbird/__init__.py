@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from attnkit import shapes
 from attnkit.dispatch import run
@@ -110,8 +111,8 @@ def _check_blocks(where: str, random: Tensor, h: int, blocks: int, window: int) 
         raise ValueError(
             f"{where}: random_blocks has shape {tuple(random.shape)}, expected ({h} or 1, {blocks}, r): one row a block"
         )
-    # Looking at values would break a graph that is being traced.
-    if torch.compiler.is_compiling() or blocks < 3:
+    # Looking at values would break a graph that is being traced, and `attnkit explain` asks with tensors without any.
+    if torch.compiler.is_compiling() or isinstance(random, FakeTensor) or blocks < 3:
         return
     row, inner = torch.arange(1, blocks - 1, device=random.device)[:, None], random[:, 1:-1].sort(-1).values
     wrong = (inner < -1) | (inner == 0) | (inner >= blocks - 1) | ((inner - row).abs() <= window // 2) & (inner >= 0)

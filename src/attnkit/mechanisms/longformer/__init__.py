@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from attnkit import shapes
 from attnkit.dispatch import run
@@ -121,8 +122,8 @@ def _checked_positions(where: str, positions: Tensor, keep: Tensor) -> Tensor:
         raise TypeError(f"{where}: global_positions has dtype {positions.dtype}, expected integers, -1 for none")
     if positions.numel() == 0 or keep.numel() == 0:
         return positions.long()
-    # Looking at values would break a graph that is being traced.
-    if not torch.compiler.is_compiling():
+    # Looking at values would break a graph that is being traced, and `attnkit explain` asks with tensors without any.
+    if not (torch.compiler.is_compiling() or isinstance(positions, FakeTensor)):
         low, high = positions.min().item(), positions.max().item()
         if low < -1 or high >= keep.shape[1]:
             wrong = low if low < -1 else high
