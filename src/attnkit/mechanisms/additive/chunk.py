@@ -29,11 +29,13 @@ def forward(
     row = b * h * n * d
     if m * row <= ELEMENTS:
         return _attend(q, k, v, _scores(q, k, w), mask, return_lse)
-    blocks = []
-    for start, end in spans(m, max(1, ELEMENTS // row)):
+
+    def rows(start: int, end: int) -> Any:
+        # In here, so that training does not keep the parts of the mask, which together are m x n as well.
         low, high, keep = seen(mask, start, end, m, n, q.device)
-        blocks.append((q[:, :, start:end], k[:, :, low:high], v[:, :, low:high], w, keep, return_lse))
-    return joined(_block, blocks)
+        return _block(q[:, :, start:end], k[:, :, low:high], v[:, :, low:high], w, keep, return_lse)
+
+    return joined(rows, spans(m, max(1, ELEMENTS // row)))
 
 
 def _block(q: Tensor, k: Tensor, v: Tensor, w: Tensor, keep: Tensor | None, return_lse: bool) -> Any:

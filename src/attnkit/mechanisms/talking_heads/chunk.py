@@ -23,13 +23,15 @@ def forward(
     mask: Mask | None,
     scale: float,
 ) -> Tensor:
-    m, n, blocks = q.shape[2], k.shape[2], []
-    for start, end in spans(m, BLOCK):
+    m, n = q.shape[2], k.shape[2]
+
+    def rows(start: int, end: int) -> Tensor:
+        # In here, so that training does not keep the parts of the mask, which together are m x n as well.
         low, high, keep = seen(mask, start, end, m, n, q.device)
-        hidden = None if keep is None else ~keep
         parts = (q[:, :, start:end], k[:, :, low:high], v[:, :, low:high])
-        blocks.append((*parts, mix_logits, mix_weights, hidden, scale))
-    o: Tensor = joined(_block, blocks)
+        return _block(*parts, mix_logits, mix_weights, None if keep is None else ~keep, scale)
+
+    o: Tensor = joined(rows, spans(m, BLOCK))
     return o
 
 
