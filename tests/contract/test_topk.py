@@ -95,10 +95,11 @@ def test_equals_torch_topk() -> None:
     assert (topk_attention(q, k, v, top=6) - (scores + kept).softmax(-1) @ v).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("settings", [{"top": 3}, {"top": 30}, {"density": 0.02}, {"density": 0.5}])
+@pytest.mark.parametrize("settings", [{"top": 3}, {"top": 6}, {"top": 30}, {"density": 0.02}, {"density": 0.5}])
 def test_blocks_equal_the_definition_with_gradients(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
-    """Many blocks of queries and of keys, with few keys fetched and with many hidden."""
+    """Many blocks of queries and of keys, with few keys fetched, more than a tile has, and with many hidden."""
     monkeypatch.setattr(chunk, "KEYS", 16)
+    monkeypatch.setattr(chunk, "TILE", 4)
     monkeypatch.setattr(chunk, "ELEMENTS", 2 * 4 * 16 * 24)
     inputs = {name: x for name, x in sampled(100, 61).items() if name not in ("top", "density")} | settings
     leaves = {name: inputs[name].requires_grad_() for name in "qkv"}
