@@ -6,8 +6,18 @@ from attnkit.state.kv import KVState
 from attnkit.state.pyramid import PyramidState
 from attnkit.state.recurrent import RecurrentState
 from attnkit.state.rewritten import RewrittenState
+from attnkit.state.summaries import SummaryState
 from attnkit.state.tokens import TokenState
 from attnkit.state.view import View
 from attnkit.state.window import WindowState
 
-__all__ = ["KVState", "PyramidState", "RecurrentState", "RewrittenState", "TokenState", "View", "WindowState"]
+__all__ = [
+    "KVState",
+    "PyramidState",
+    "RecurrentState",
+    "RewrittenState",
+    "SummaryState",
+    "TokenState",
+    "View",
+    "WindowState",
+]
