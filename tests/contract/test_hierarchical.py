@@ -220,6 +220,12 @@ def test_configurations_that_cannot_be_are_refused(wrong: dict[str, Any], said: 
         HierarchicalConfig(16, 4, **wrong)
 
 
+def test_a_state_of_other_levels_is_refused() -> None:
+    inputs = {name: sampled(3)[name] for name in ("q", "k", "v")}
+    with pytest.raises(ValueError, match="the state has 3 levels and the weights make 1, expected one number"):
+        hierarchical_attention_step(**inputs, state=PyramidState(1, 2, 3, 9, 6, 3, results=4, dtype=torch.float64))
+
+
 def test_a_layer_of_one_level_has_no_maps_between_levels() -> None:
     layer = get("hierarchical").layer(HierarchicalConfig(16, 4, levels=1))
     assert sum(p.numel() for p in layer.parameters()) == 4 * 16 * 16

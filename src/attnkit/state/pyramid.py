@@ -17,7 +17,7 @@ class PyramidState:
     Parameters
     ----------
     batch, heads: sequences, and KV heads of each.
-    levels: of the pyramid, the finest included; ``levels[0]`` holds every token.
+    levels: of the pyramid, the finest included, which holds every token.
     capacity: tokens a sequence may hold.
     key_size, value_size: channels a head.
     results: query heads, each with a result of ``value_size`` channels to hold between two tokens of a level.
@@ -48,6 +48,11 @@ class PyramidState:
     def length(self) -> int:
         """Tokens held."""
         return self._levels[0].length
+
+    @property
+    def levels(self) -> int:
+        """Levels of the pyramid, the finest included."""
+        return len(self._levels)
 
     @property
     def nbytes(self) -> int:

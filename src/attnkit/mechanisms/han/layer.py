@@ -39,7 +39,7 @@ class HanAttention(nn.Module):
         nn.init.zeros_(self.score.bias)
 
     def forward(self, x: Tensor, ids: Tensor, *, sentences: int) -> Tensor:
-        """Sentences ``(b, sentences, width)`` of words ``x`` ``(b, n, width)``, of which word ``j`` is in ``ids[j]``."""
+        """Sentences ``(b, sentences, width)`` of words ``x`` ``(b, n, width)``, word ``j`` in ``ids[:, j]``."""
         return han_attention(x, *self._weights(), ids, sentences=sentences, backend=self.config.backend)
 
     def weights(self, x: Tensor, ids: Tensor, *, sentences: int) -> Tensor:

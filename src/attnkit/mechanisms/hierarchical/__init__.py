@@ -132,7 +132,14 @@ def hierarchical_attention_step(
     -------
     o: (b, h, m, (1 + p) e) in q's dtype: rows of the new tokens.
     """
-    return chunk.step(state=state, **call(q, k, v, down, q_weight, k_weight, v_weight, rotary=rotary))
+    checked = call(q, k, v, down, q_weight, k_weight, v_weight, rotary=rotary)
+    levels = 1 if down is None else 1 + len(down)
+    if state.levels != levels:
+        raise ValueError(
+            f"hierarchical_attention_step: the state has {state.levels} levels and the weights make {levels}, "
+            f"expected one number: make the state for {levels}"
+        )
+    return chunk.step(state=state, **checked)
 
 
 def sample(
@@ -141,9 +148,9 @@ def sample(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Arguments for ``hierarchical_attention``: two levels, or five with an odd seed; all ``n`` are asked."""
+    """Arguments for ``hierarchical_attention``: two levels, five with every third seed; all ``n`` are asked."""
     s = sizes or Sizes(b=2, h=4, g=2, m=37, n=37, d=16, e=8)
-    levels, inner = (1, 4)[seed % 2], 4
+    levels, inner = (1, 4, 1)[seed % 3], 4
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
