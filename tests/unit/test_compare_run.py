@@ -187,6 +187,6 @@ def test_a_missing_package_is_told_at_once(
 @pytest.mark.parametrize("row", rows.known(), ids=lambda row: row.name)
 @pytest.mark.parametrize("capacity", [100, 128, 129, 300, 1000])
 def test_the_cache_is_as_large_as_predicted(row: rows.Row, capacity: int) -> None:
-    plan = measure.SpeedPlan(parameters=260_000, width=128)
+    plan = measure.SpeedPlan(parameters=330_000, width=128)
     allocated, predicted = measure.cache(measure.decoder(row, plan), capacity)
     assert allocated == predicted

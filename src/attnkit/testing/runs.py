@@ -17,6 +17,8 @@ from attnkit.testing.budgets import assert_distinct, assert_within
 Arguments = Mapping[str, Any]
 """Keyword arguments of a mechanism's function."""
 Results = tuple[Tensor, ...]
+SCALED = ("k", "global_k")
+"""The keys that a call's ``scale`` multiplies."""
 
 
 def tensors(arguments: Arguments) -> dict[str, Tensor]:
@@ -54,15 +56,14 @@ def gold(spec: Mechanism, arguments: Arguments) -> Results:
 
 
 def naive(spec: Mechanism, arguments: Arguments) -> Results:
-    """The definition in plain arithmetic of the inputs' own dtype, with the scale multiplied into ``k`` and ``*_k``.
+    """The definition in plain arithmetic of the inputs' own dtype, with the scale multiplied into the keys.
 
     Two correct programs multiply in different orders; without the changed order this would be the reference itself, and
     a budget made from it would be empty.
     """
     call = spec.call(**arguments)
     if "scale" in call and "k" in call:
-        keys = [name for name, x in call.items() if name == "k" or (name.endswith("_k") and isinstance(x, Tensor))]
-        call = {**call, **{name: call[name] * call["scale"] for name in keys}, "scale": 1.0}
+        call = {**call, **{name: call[name] * call["scale"] for name in SCALED if name in call}, "scale": 1.0}
     with Rounded(next(iter(tensors(arguments).values())).dtype):
         return results(spec.reference(**call))
 

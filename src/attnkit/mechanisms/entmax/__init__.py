@@ -147,8 +147,7 @@ SPEC = Mechanism(
     function=entmax_attention,
     sample=sample,
     reference=reference,
-    # A weight of exactly 0 times a NaN value is NaN.
-    backends=(Backend("chunk", _chunk, finite_only=True), Backend("reference", _reference, finite_only=True)),
+    backends=(Backend("chunk", _chunk, finite_only=True), Backend("reference", _reference)),
     laws=Laws(causal=True, stateful=True, step_equals_prefill=True, length_invariant=True, every_key=False),
     cost=cost,
     layer=EntmaxAttention,

@@ -17,8 +17,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, alpha: float, mask: Mask | None, sc
     scores = torch.einsum("bgrmd,bgnd->bgrmn", grouped, k.to(work)).reshape(b, h, m, n) * scale
     visible = (mask or full()).dense(m, n, q.device)
     weights = (sparsemax if alpha == 2 else entmax15)(scores, visible).reshape(b, g, h // g, m, n)
-    o = torch.einsum("bgrmn,bgne->bgrme", weights, v.to(work)).reshape(b, h, m, e)
-    return o.to(q.dtype)
+    # A weight of 0 keeps out NaN and infinity as well, which a product with 0 would not.
+    spoiled = ~v.isfinite()
+    values = v.to(work).masked_fill(spoiled, 0.0)
+    o = torch.einsum("bgrmn,bgne->bgrme", weights, values)
+    reached = torch.einsum("bgrmn,bgne->bgrme", (weights > 0).to(work), spoiled.to(work)) > 0
+    o = o.masked_fill(reached, torch.nan)
+    return o.reshape(b, h, m, e).to(q.dtype)
 
 
 def sparsemax(z: Tensor, visible: Tensor) -> Tensor:

@@ -96,17 +96,21 @@ def sample(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Arguments for ``gated_attention``, causal; every other one has a gate a channel."""
+    """Arguments for ``gated_attention``, causal; every other one has a gate a channel.
+
+    Queries are half as large as keys: with logits above 10, the gradients of torch's fused attention, which stands
+    behind this one, are up to 1.3 times the budget off.
+    """
     s = sizes or Sizes(b=2, h=4, g=2, m=37, n=37, d=16, e=8)
     generator = torch.Generator().manual_seed(seed)
-    shapes_ = (
+    sizes_ = (
+        (s.b, s.h, s.m, s.e if seed % 2 else 1),
         (s.b, s.h, s.m, s.d),
         (s.b, s.g, s.n, s.d),
         (s.b, s.g, s.n, s.e),
-        (s.b, s.h, s.m, s.e if seed % 2 else 1),
     )
-    q, k, v, gate = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes_)
-    drawn = {"q": q, "k": k, "v": v, "gate": 2 * gate}
+    gate, q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in sizes_)
+    drawn = {"q": q / 2, "k": k, "v": v, "gate": 2 * gate}
     return {name: x.to(device, dtype) for name, x in drawn.items()} | {"mask": causal()}
 
 

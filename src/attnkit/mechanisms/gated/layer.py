@@ -114,16 +114,12 @@ class GatedAttention(nn.Module):
         return cost(sizes, mask=c.mask, gates=c.gates, itemsize=dtype.itemsize)
 
     def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (self._heads(linear, x) for linear in (self.q, self.k, self.v))
+        q, k, v = (y(x).unflatten(-1, (-1, self.config.size)).transpose(1, 2) for y in (self.q, self.k, self.v))
         q, k = self.q_norm(q), self.k_norm(k)
         if (rotary := self.config.rotary) is not None:
             positions = torch.arange(start, start + x.shape[1], device=x.device)
             q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
         return q, k, v
-
-    def _heads(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        y: Tensor = linear(x)
-        return y.unflatten(-1, (-1, self.config.size)).transpose(1, 2)
 
     def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
         c = self.config

@@ -104,9 +104,11 @@ class InterleavedHeadAttention(nn.Module):
         values = pseudo_tokens(v, self.mix_v)
         # Side by side in the channels of their token, pseudo tokens lie in memory as they do along the sequence.
         view = state.append(*(y.unflatten(2, (-1, c.pseudo)).flatten(3).to(x.dtype) for y in (keys, values)))
+        keys, values = (y.unflatten(3, (c.pseudo, -1)).flatten(2, 3) for y in (view.k, view.v))
         o = iha_attention_step(
             q,
-            *(y.unflatten(3, (c.pseudo, -1)).flatten(2, 3) for y in (view.k, view.v)),
+            keys,
+            values,
             self.mix_q,
             self.collapse,
             causal=c.causal,

@@ -170,8 +170,10 @@ class SoftmaxAttention(nn.Module):
         return (q, k) if rotary is None else (rotary.rotate(q, positions), rotary.rotate(k, positions))
 
     def _in_cache(self, q: Tensor, k: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        rotary, reach = self.config.rotary, self.config.mask and self.config.mask.reach()
-        assert rotary is not None and reach is not None
+        rotary, mask = self.config.rotary, self.config.mask
+        assert rotary is not None and mask is not None
+        reach = mask.reach()
+        assert reach is not None
         if len(queries) == 1:
             return streaming.by_slot(rotary, q, k, keys)
         return streaming.by_distance(rotary, q, k, queries, keys, reach)

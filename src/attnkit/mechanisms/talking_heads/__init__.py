@@ -184,5 +184,5 @@ SPEC = Mechanism(
     cost=cost,
     layer=TalkingHeadsAttention,
     state=TokenState,
-    presets=(Preset("talking_heads", "Talking heads", "arXiv 2003.02436", _preset),),
+    presets=(Preset("talking", "Talking heads", "arXiv 2003.02436", _preset),),
 )

@@ -8,7 +8,7 @@ backward rather than keep what it chose.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +29,11 @@ SPARSE = 16
 
 
 class Wanted(NamedTuple):
-    """What is kept of which keys: ``count`` is the most that a query of the call keeps."""
+    """What is kept of which keys: ``longest`` is the most that a query of the call keeps."""
 
     top: int | None
     density: float | None
-    count: int
+    longest: int
     mask: Mask | None
     scale: float
 
@@ -51,7 +51,7 @@ def forward(
 ) -> Tensor:
     (b, h, m, d), (n, e) = q.shape, v.shape[2:]
     wanted = Wanted(top, density, most(n, top, density), mask, scale)
-    if wanted.count >= n or q.numel() == 0:
+    if wanted.longest >= n or q.numel() == 0:
         o: Tensor = softmax_attention(q, k, v, mask=mask, scale=scale)
         return o
     rows = max(1, ELEMENTS // (b * h * min(n, KEYS)))
@@ -60,10 +60,12 @@ def forward(
     blocks = _blocks(mask, m, n, rows)
     # Counted, not stepped through: Dynamo would fix the number of queries for good.
     parts = [(q[:, :, rows * i : rows * (i + 1)], k, n - m + rows * i, blocks[i], wanted) for i in range(-(-m // rows))]
-    if wanted.count * SPARSE > n:
+    if wanted.longest * SPARSE > n:
         return _joined([_traced(_biased, *part, v) for part in parts])
-    best, bias = (_joined(x) for x in zip(*(_filled(*_best(*part), wanted.count) for part in parts), strict=True))
-    rows = max(1, FETCHED // (b * h * wanted.count * max(d, e)))
+    best, bias = (
+        _joined(list(x)) for x in zip(*(_filled(*_best(*part), wanted.longest) for part in parts), strict=True)
+    )
+    rows = max(1, FETCHED // (b * h * wanted.longest * max(d, e)))
     edges = [slice(rows * i, rows * (i + 1)) for i in range(-(-m // rows))]
     return _joined([_traced(_fetched, q[:, :, at], k, v, best[:, :, at], bias[:, :, at], scale) for at in edges])
 
@@ -74,7 +76,7 @@ def _filled(best: Tensor, bias: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return (pad(best, (0, short)), pad(bias, (0, short), value=-torch.inf)) if short else (best, bias)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
@@ -114,7 +116,7 @@ def _best(q: Tensor, k: Tensor, first: int, blocks: list[Keys], wanted: Wanted) 
     for block in blocks[1:]:
         more, keys, visible = _best_of(q, k, first, block, wanted)
         scores, best, seen = torch.cat([scores, more], -1), torch.cat([best, keys], -1), seen + visible
-        place = _largest(scores, wanted.count)
+        place = _largest(scores, wanted.longest)
         scores, best = scores.gather(-1, place), best.gather(-1, place)
     hidden = scores == -torch.inf
     if wanted.density is not None:
@@ -136,7 +138,7 @@ def _best_of(q: Tensor, k: Tensor, first: int, block: Keys, wanted: Wanted) -> t
         keep = wanted.mask.part((first, first + m), (block.low, block.high), q.device)
         scores.masked_fill_(~keep, -torch.inf)
         visible = keep.sum(-1)
-    place = _largest(scores, wanted.count)
+    place = _largest(scores, wanted.longest)
     return scores.gather(-1, place), place + block.low, visible
 
 

@@ -20,8 +20,9 @@ def _number_by_number(spec: Mechanism) -> Any:
     """All tokens' first pseudo tokens, then all second ones."""
 
     def wrong(x: Tensor, mix: Tensor, **settings: Any) -> Tensor:
-        right = iha.pseudo_tokens(x, mix, **settings)
-        return right.unflatten(2, (-1, mix.shape[2])).transpose(2, 3).flatten(2, 3)
+        right: Tensor = iha.pseudo_tokens(x, mix, **settings)
+        moved: Tensor = right.unflatten(2, (-1, mix.shape[2])).transpose(2, 3).flatten(2, 3)
+        return moved
 
     def forward(**call: Any) -> Tensor:
         with mock.patch.object(chunk, "pseudo_tokens", wrong):
