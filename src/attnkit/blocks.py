@@ -5,7 +5,8 @@ Training keeps none either: where there is more than one block, the backward com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -22,14 +23,21 @@ def spans(count: int, size: int) -> list[tuple[int, int]]:
     return [(i * size, min(count, (i + 1) * size)) for i in range(-(-count // size))]
 
 
-def joined(rows: Callable[..., Any], blocks: Sequence[tuple[Any, ...]]) -> Any:
-    """``rows(*block)`` of each block, tensors ``(b, h, rows, ...)`` or tuples of them, joined along the rows."""
-    if len(blocks) == 1:
-        return rows(*blocks[0])
+def joined(rows: Callable[..., Any], blocks: Iterable[tuple[Any, ...]]) -> Any:
+    """``rows(*block)`` of each block, tensors ``(b, h, rows, ...)`` or tuples of them, joined along the rows.
+
+    Where a block holds slices, let ``blocks`` be a generator that cuts them as they are asked for. The backward goes
+    through what was made last first: slices that were all cut before the first block are all kept until its end,
+    a whole set of keys a block.
+    """
+    waiting = iter(blocks)
+    ahead = list(islice(waiting, 2))
+    if len(ahead) == 1:
+        return rows(*ahead[0])
     again = torch.is_grad_enabled()
     found = [
         checkpoint(rows, *block, use_reentrant=False, preserve_rng_state=False) if again else rows(*block)
-        for block in blocks
+        for block in chain(ahead, waiting)
     ]
     if isinstance(found[0], tuple):
         return tuple(torch.cat(parts, 2) for parts in zip(*found, strict=True))

@@ -58,3 +58,23 @@ def test_blocks_are_computed_again_in_the_backward(pair: bool) -> None:
     assert len(calls) == 4
     (parts[0] if pair else parts).sum().backward()
     assert torch.equal(x.grad, 2 * x) and len(calls) == 7
+
+
+def test_a_block_that_is_cut_when_it_is_asked_for_gives_its_gradient_back_at_once() -> None:
+    seen = []
+
+    def rows(x: Tensor, block: int) -> Tensor:
+        seen.append(("computed", block))
+        return x.square()
+
+    def cut(block: int) -> tuple[Tensor, int]:
+        part = x[:, :, 2 * block : 2 * block + 2]
+        part.register_hook(lambda _: seen.append(("gradient", block)))
+        return part, block
+
+    x = torch.randn(1, 1, 8, 2, requires_grad=True)
+    o = joined(rows, (cut(block) for block in range(4)))
+    seen.clear()
+    o.sum().backward()
+    # The first two are looked at together, to know whether there is more than one.
+    assert seen[:4] == [(what, block) for block in (3, 2) for what in ("computed", "gradient")]

@@ -6,13 +6,11 @@ backward as well, where they are gathered again.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.checkpoint import checkpoint
 
+from attnkit.blocks import joined
 from attnkit.mechanisms.softmax import softmax_attention
 
 TOGETHER = 16
@@ -38,7 +36,7 @@ def forward(
     first, last = _full(edges, k.flatten(2, 3), v.flatten(2, 3), real, scale).split(block, 2)
     seen, there = _seen(random_blocks, window)
     parts = zip(_split(q[:, :, 1:-1], 2), _split(seen[:, 1:-1], 1), _split(there[:, 1:-1], 1), strict=True)
-    inner = _joined([(part, k, v, *which, real.unflatten(1, (blocks, block)), scale) for part, *which in parts])
+    inner = joined(_inner, [(part, k, v, *which, real.unflatten(1, (blocks, block)), scale) for part, *which in parts])
     return torch.cat([first, inner.flatten(2, 3), last], 2)[:, :, :n].masked_fill(~keep[:, None, :, None], 0.0)
 
 
@@ -57,12 +55,6 @@ def _seen(random: Tensor, window: int) -> tuple[Tensor, Tensor]:
 
 def _split(x: Tensor, axis: int) -> tuple[Tensor, ...]:
     return (x,) if x.shape[axis] <= TOGETHER else x.split(TOGETHER, axis)
-
-
-def _joined(calls: list[Any]) -> Tensor:
-    if len(calls) == 1 or not torch.is_grad_enabled():
-        return torch.cat([_inner(*call) for call in calls], 2)
-    return torch.cat([checkpoint(_inner, *call, use_reentrant=False, preserve_rng_state=False) for call in calls], 2)
 
 
 def _inner(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, there: Tensor, real: Tensor, scale: float) -> Tensor:

@@ -6,6 +6,7 @@ window) also cuts the keys of a block to those in reach.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,11 +24,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, alpha: float, mask: Mask | None, sc
     (b, h, m, _), n = q.shape, k.shape[2]
     if b * h * n == 0:
         return q.new_zeros(b, h, m, v.shape[3])
-    parts = []
-    for start, end in spans(m, max(1, ELEMENTS // (b * h * n))):
-        low, high, keep = seen(mask, start, end, m, n, q.device)
-        parts.append((q[:, :, start:end], k[:, :, low:high], v[:, :, low:high], keep, alpha, scale))
-    o: Tensor = joined(_block, parts)
+
+    def parts() -> Iterator[tuple[Any, ...]]:
+        for start, end in spans(m, max(1, ELEMENTS // (b * h * n))):
+            low, high, keep = seen(mask, start, end, m, n, q.device)
+            yield q[:, :, start:end], k[:, :, low:high], v[:, :, low:high], keep, alpha, scale
+
+    o: Tensor = joined(_block, parts())
     return o
 
 

@@ -24,11 +24,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, scale: float) -> Ten
 
 def attend(q: Tensor, k: Tensor, v: Tensor, total: Tensor, scale: float) -> Tensor:
     """Attention ``(b, h, m, e)`` for gates already summed: ``total`` ``(b, h, n)``."""
-    past, blocks = k.shape[2] - q.shape[2], []
-    for start, end in spans(q.shape[2], BLOCK):
-        keys = (x[:, :, : past + end] for x in (k, v, total))
-        blocks.append((q[:, :, start:end], *keys, past + start, scale))
-    o: Tensor = joined(_block, blocks)
+    past = k.shape[2] - q.shape[2]
+    o: Tensor = joined(
+        _block,
+        (
+            (q[:, :, start:end], *(x[:, :, : past + end] for x in (k, v, total)), past + start, scale)
+            for start, end in spans(q.shape[2], BLOCK)
+        ),
+    )
     return o
 
 

@@ -6,6 +6,7 @@ window) also cuts the keys of a block to those in reach.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,12 +39,14 @@ def forward(
         work = torch.promote_types(q.dtype, torch.float32)
         o, nothing = q.new_zeros(b, h, m, v.shape[3]), q.new_zeros(b, h, m, dtype=work)
         return (o, nothing, nothing.clone()) if return_log_prob else o
-    parts = []
-    for start, end in spans(m, max(1, ELEMENTS // (b * h * n))):
-        queries = (n - m + start, n - m + end)
-        low, high = (0, n) if mask is None else mask.reached(queries, n)
-        parts.append((q[:, :, start:end], k[:, :, low:high], v[:, :, low:high], mask, queries, (low, high), *settings))
-    return joined(_block, parts)
+
+    def parts() -> Iterator[tuple[Any, ...]]:
+        for start, end in spans(m, max(1, ELEMENTS // (b * h * n))):
+            queries = (n - m + start, n - m + end)
+            low, high = (0, n) if mask is None else mask.reached(queries, n)
+            yield q[:, :, start:end], k[:, :, low:high], v[:, :, low:high], mask, queries, (low, high), *settings
+
+    return joined(_block, parts())
 
 
 def _block(

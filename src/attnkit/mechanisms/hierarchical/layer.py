@@ -67,19 +67,14 @@ class HierarchicalAttention(nn.Module):
     def __init__(self, config: HierarchicalConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.q = nn.Linear(c.width, c.width, bias=False)
-        self.k, self.v = (nn.Linear(c.width, c.groups * c.head_size, bias=False) for _ in range(2))
-        self.o = nn.Linear(c.levels * c.width, c.width, bias=False)
-        for linear in (self.q, self.k, self.v, self.o):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-        above, size, inner = c.levels - 1, c.head_size, c.inner_width
-
-        def drawn(inputs: int, *shape: int) -> nn.Parameter | None:
-            return nn.Parameter(torch.randn(above, *shape) * inputs**-0.5) if above else None
-
-        self.down = drawn(c.width, c.heads, size, inner)
-        self.q_weight = drawn(inner, c.heads, inner, size)
-        self.k_weight, self.v_weight = (drawn(inner, c.groups, inner, size) for _ in range(2))
+        self.q = _map(c.width, c.width)
+        self.k, self.v = (_map(c.width, c.groups * c.head_size) for _ in range(2))
+        self.o = _map(c.levels * c.width, c.width)
+        size, heads = c.head_size, (c.heads, c.groups, c.groups)
+        self.down = nn.ModuleList(_map(c.width, c.inner_width) for _ in range(c.levels - 1))
+        self.above = nn.ModuleList(
+            nn.ModuleList(_map(c.inner_width, many * size) for many in heads) for _ in range(c.levels - 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within ``x`` ``(b, n, width)``; returns the same shape."""
@@ -117,8 +112,20 @@ class HierarchicalAttention(nn.Module):
         return q, k, v
 
     def _between(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        return self.down, self.q_weight, self.k_weight, self.v_weight
+        size = self.config.head_size
+        if not self.down:
+            return None, None, None, None
+        down = [linear.weight.unflatten(1, (-1, size)).permute(1, 2, 0) for linear in self.down]
+        above = [[linear.weight.unflatten(0, (-1, size)).mT for linear in level] for level in self.above]
+        q, k, v = (torch.stack(weights) for weights in zip(*above, strict=True))
+        return torch.stack(down), q, k, v
 
     def _out(self, o: Tensor) -> Tensor:
         y: Tensor = self.o(o.transpose(1, 2).flatten(2))
         return y
+
+
+def _map(inputs: int, outputs: int) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(linear.weight, std=inputs**-0.5)
+    return linear

@@ -7,10 +7,13 @@ the keys it can see, and the backward computes each block again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from attnkit.blocks import joined, spans
 from attnkit.masks import Mask
 from attnkit.mechanisms.iha.virtual import Order, pseudo_tokens, visibility
 from attnkit.mechanisms.softmax import softmax_attention
@@ -41,14 +44,14 @@ def forward(
     mask = visibility(causal, window, p)
     if mask is None or mask.interval() is not None or m * p <= BLOCK or not _trains(queries, keys, values):
         return collapsed(softmax_attention(queries, keys, values, mask=mask, scale=scale), collapse, p).to(q.dtype)
-    rows, step = [], max(1, BLOCK // p)
-    for start in range(0, m, step):
-        end = min(start + step, m)
-        first = 0 if window is None else max(0, n - m + start + 1 - window)
-        seen = slice(first * p, (n - m + end) * p)
-        parts = (queries[:, :, start * p : end * p], keys[:, :, seen], values[:, :, seen], mask, scale)
-        rows.append(checkpoint(_block, *parts, use_reentrant=False, preserve_rng_state=False))
-    return collapsed(torch.cat(rows, 2), collapse, p).to(q.dtype)
+
+    def parts() -> Iterator[tuple[Any, ...]]:
+        for start, end in spans(m, max(1, BLOCK // p)):
+            first = 0 if window is None else max(0, n - m + start + 1 - window)
+            seen = slice(first * p, (n - m + end) * p)
+            yield queries[:, :, start * p : end * p], keys[:, :, seen], values[:, :, seen], mask, scale
+
+    return collapsed(joined(_block, parts()), collapse, p).to(q.dtype)
 
 
 def _trains(*tensors: Tensor) -> bool:

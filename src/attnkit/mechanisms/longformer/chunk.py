@@ -6,12 +6,10 @@ as well, where each block is computed again.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from attnkit.blocks import joined
 from attnkit.mechanisms.longformer.rows import marks, placed
 from attnkit.mechanisms.softmax import softmax_attention
 
@@ -47,7 +45,7 @@ def forward(
         local.append((block, *near, masked, scale))
         start = end
     rows = [(block, [global_k], [global_v], ~keep[:, None], scale) for block in _split(global_q)]
-    return placed(_joined(local), _joined(rows), global_positions, keep)
+    return placed(joined(_block, local), joined(_block, rows), global_positions, keep)
 
 
 def _split(x: Tensor) -> tuple[Tensor, ...]:
@@ -74,12 +72,6 @@ def _gathered(x: Tensor, positions: Tensor) -> Tensor:
     """``x`` ``(b, g, n, d)`` of the global tokens: ``(b, g, c, d)``; any token's where there is none."""
     index = positions.clamp(min=0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
     return x.gather(2, index)
-
-
-def _joined(blocks: list[Any]) -> Tensor:
-    if len(blocks) == 1 or not torch.is_grad_enabled():
-        return torch.cat([_block(*block) for block in blocks], 2)
-    return torch.cat([checkpoint(_block, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks], 2)
 
 
 def _block(q: Tensor, keys: list[Tensor], values: list[Tensor], masked: Tensor, scale: float) -> Tensor:

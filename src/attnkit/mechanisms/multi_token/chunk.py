@@ -40,11 +40,14 @@ def attend(
     """Rows of all but the first ``s - 1`` queries, which only the kernel of ``s`` rows reads."""
     before = 0 if kernel is None else kernel.shape[1] - 1
     m = q.shape[2] - before
-    past, blocks = k.shape[2] - m, []
-    for start, end in spans(m, BLOCK):
-        keys = (x[:, :, : past + end] for x in (k, v))
-        blocks.append((q[:, :, start : end + before], *keys, kernel, mix_logits, mix_weights, scale))
-    o: Tensor = joined(_block, blocks)
+    past, weights = k.shape[2] - m, (kernel, mix_logits, mix_weights, scale)
+    o: Tensor = joined(
+        _block,
+        (
+            (q[:, :, start : end + before], k[:, :, : past + end], v[:, :, : past + end], *weights)
+            for start, end in spans(m, BLOCK)
+        ),
+    )
     return o
 
 

@@ -6,7 +6,8 @@ queries again in the backward. The arithmetic is that of softmax attention and a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,26 @@ from attnkit.mechanisms.softmax import softmax_attention
 
 # The walk multiplies by d x d, a block's own work is BLOCK x BLOCK a token: both are small next to the rest at 64.
 BLOCK = 64
+# More tokens than this, those of all heads counted, run some heads after the others. Training asks for tensors of ever
+# other sizes, and glibc 2.36 does not fit these into its holes, aligned as torch wants them: for 8 heads of 8,192
+# tokens its heap grew to 3.5 GiB, 12 times what was in use. What one part leaves behind serves the next.
+TOKENS = 2**14
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, log_f: Tensor | None, scale: float) -> Tensor:
+    (b, h), (g, n) = q.shape[:2], k.shape[1:3]
+    if b * g * n <= TOKENS:
+        return _heads(q, k, v, w, beta, log_f, scale)
+    together = max(1, TOKENS // (b * n))
+    # Split and not sliced: the gradient of a slice is as long as what it was cut from.
+    shared = zip(*(x.split(together, 1) for x in (k, v, w, beta)), strict=True)
+    queries = q.split(h // g * together, 1)
+    gates = [None] * len(queries) if log_f is None else log_f.split(h // g * together, 1)
+    parts = zip(queries, shared, gates, strict=True)
+    return torch.cat([_heads(q, *rest, log_f, scale) for q, rest, log_f in parts], 1)
+
+
+def _heads(q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, log_f: Tensor | None, scale: float) -> Tensor:
     m, n = q.shape[2], k.shape[2]
     work = torch.promote_types(q.dtype, torch.float32)
     w, beta, spoiled = lawful(w, beta, work)
@@ -34,14 +52,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, log_f: Ten
     moved, products = run.moved().unbind(2), run.product().unbind(2)
     own = [Run(*parts) for parts in zip(*(x.unbind(2) for x in (run.k, run.w, run.t, run.x)), strict=True)]
     total = None if log_f is None else log_f.to(work).cumsum(-1)
-    past, parts = n - m, []
-    for block, (start, end) in enumerate(spans(n, BLOCK)):
-        if past < end or end == n:
-            first = max(start, past)
-            gates = None if total is None else total[:, :, :end]
-            earlier = (own[block], moved[:block], products[:block], spoiled[:, :, first:end])
-            parts.append((q[:, :, first - past : end - past].to(work), v[:, :, :end], *earlier, gates, scale))
-    o: Tensor = joined(_rows, parts)
+    past = n - m
+
+    def parts() -> Iterator[tuple[Any, ...]]:
+        for block, (start, end) in enumerate(spans(n, BLOCK)):
+            if past < end or end == n:
+                first = max(start, past)
+                gates = None if total is None else total[:, :, :end]
+                earlier = (own[block], moved[:block], products[:block], spoiled[:, :, first:end])
+                yield q[:, :, first - past : end - past].to(work), v[:, :, :end], *earlier, gates, scale
+
+    o: Tensor = joined(_rows, parts())
     return o.to(q.dtype)
 
 
