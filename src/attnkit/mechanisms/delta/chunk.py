@@ -35,7 +35,7 @@ def forward(
     work = torch.promote_types(q.dtype, torch.float32)
     spoiled = spoiled_from(k, v, beta, log_decay)
     first = q.new_zeros(b, h, d, e, dtype=work) if state is None else state.to(work)
-    o, last = _Chunked.apply(q, k, v, beta, log_decay, first, spoiled, read_scale)
+    o, last = _Chunked.apply(q, k, v, beta, log_decay, first, spoiled, read_scale)  # type: ignore[no-untyped-call]
     return (o, last) if return_state else o
 
 

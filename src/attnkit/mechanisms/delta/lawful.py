@@ -23,4 +23,5 @@ def spoiled_from(k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None) -
     if log_decay is not None:
         falls = log_decay <= 0
         good = good & (falls.all(-1) if log_decay.dim() == 4 else falls)
-    return (~good).cumsum(-1) > 0
+    spoiled: Tensor = (~good).cumsum(-1) > 0
+    return spoiled

@@ -145,7 +145,7 @@ class DeltaAttention(nn.Module):
                 f"DeltaAttention: keep is {keep.dtype} {tuple(keep.shape)}, expected bool {tuple(x.shape[:2])}"
             )
         # Padding goes to the end, where it is no neighbour of any token for the convolution.
-        order = (~keep).to(torch.uint8).argsort(1, stable=True)
+        order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
         places = order[..., None].expand_as(x)
         tokens = torch.where(keep[..., None], x, 0.0).gather(1, places)
         rows = self._attend(tokens, state, keep.sum(1))
@@ -212,11 +212,12 @@ def _map(inputs: int, outputs: int, rank: int) -> nn.Module:
 def _steps(count: int) -> Tensor:
     """Numbers whose softplus is spread over 0.001 to 0.1, evenly on a logarithmic scale."""
     steps = torch.empty(count).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-    return steps + torch.log(-torch.expm1(-steps))
+    return steps + (-torch.expm1(-steps)).log()
 
 
 def _heads(y: Tensor, heads: int) -> Tensor:
-    return y.unflatten(-1, (heads, -1)).transpose(1, 2)
+    split: Tensor = y.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return split
 
 
 def _unit(y: Tensor) -> Tensor:

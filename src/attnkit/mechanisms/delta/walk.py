@@ -63,18 +63,22 @@ class Run(NamedTuple):
             if x.shape[1] != h:
                 x = x.repeat_interleave(h // x.shape[1], 1)
             x = torch.where(spoiled, 0.0, x) if clean else x
-            return pad(x, (0, 0, 0, -length % size)).unflatten(2, (-1, size))
+            blocks: Tensor = pad(x, (0, 0, 0, -length % size)).unflatten(2, (-1, size))
+            return blocks
 
         q, k, v = cut(tokens.q, clean=False) * tokens.scale, cut(tokens.k), cut(tokens.v)
         beta = cut(tokens.beta[..., None])
-        channels = tokens.log_decay is not None and tokens.log_decay.dim() == 4
+        if tokens.log_decay is None:
+            channels, falls = False, torch.zeros_like(beta)
+        else:
+            channels = tokens.log_decay.dim() == 4
+            falls = cut(tokens.log_decay if channels else tokens.log_decay[..., None])
         if channels:
-            made = pairs(torch.stack([k, q]), k, cut(tokens.log_decay))
+            made = pairs(torch.stack([k, q]), k, falls)
             keys, reads = made.table
         else:
-            none = torch.zeros_like(beta)
-            falls = none if tokens.log_decay is None else cut(tokens.log_decay[..., None])
-            made = pairs(none[None] + 1, none + 1, falls)
+            one = torch.ones_like(beta)
+            made = pairs(one[None], one, falls)
             keys, reads = made.table[0] * (k @ k.mT), made.table[0] * (q @ k.mT)
         early, late = made.prefix.exp(), made.suffix.exp()
         fades = early[..., -1, :, None]

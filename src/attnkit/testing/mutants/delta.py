@@ -22,7 +22,8 @@ def _walk(call: dict[str, Any], error: str) -> tuple[Tensor, Tensor]:
     k = call["k"].repeat_interleave(q.shape[1] // call["k"].shape[1], 1)
     decay = torch.zeros_like(beta) if decay is None else decay
     kept = torch.exp(decay if decay.dim() == 4 else decay[..., None])
-    state, rows = state.to(torch.promote_types(q.dtype, torch.float32)), []
+    work, rows = torch.promote_types(q.dtype, torch.float32), []
+    state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=work) if state is None else state.to(work)
     for t in range(q.shape[2]):
         faded = state * kept[:, :, t, :, None]
         recalled = (k[:, :, t, :, None] * (state if error == "before the decay" else faded)).sum(2)
