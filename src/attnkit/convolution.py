@@ -45,6 +45,8 @@ class ShortConvolution(nn.Module):
         tail: (b, taps - 1, channels), for the next call.
         """
         before = x.new_zeros(x.shape[0], *self.tail_shape) if tail is None else tail
+        if not x.shape[1]:
+            return x, before
         rows = torch.cat([before, x], 1)
         y = F.silu(F.conv1d(rows.mT, self.weight, self.bias, groups=len(self.weight))).mT
         if lengths is None:
