@@ -225,6 +225,18 @@ def test_a_token_that_is_no_step_makes_results_nan_from_there_on(backend: str, n
     assert o[:, 1, 17:].isnan().all() and state[:, 1].isnan().all() and state[:, 0].isfinite().all()
 
 
+def test_autocast_rounds_neither_state_nor_gradients() -> None:
+    inputs = sampled(100, HEAD, torch.bfloat16)
+    leaves = {name: x.requires_grad_() for name, x in tensors(inputs).items()}
+    true = delta_attention(**inputs, backend="chunk")
+    exact = slopes_of(true, leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = delta_attention(**inputs, backend="chunk")
+        slopes = slopes_of(found, leaves)
+    for one, two in zip((*found, *slopes), (*true, *exact), strict=True):
+        assert torch.equal(one, two)
+
+
 PADDINGS = {
     "left": [[False] * 4 + [True] * 9, [True] * 13],
     "right": [[True] * 9 + [False] * 4, [True] * 13],
@@ -262,6 +274,16 @@ def test_negative_eigenvalues_double_beta() -> None:
     with torch.no_grad():
         states = [layer.step(x, layer.state(1, 1))[1].view()["state"] for layer in layers]
     assert torch.equal(2 * states[0], states[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_state_of_qwen3_next_takes_the_bytes_its_shapes_say(dtype: torch.dtype) -> None:
+    """32 states of 128 x 128 in float32 and three rows of 8,192 channels, on no memory at all."""
+    config = DeltaConfig(2048, 32, key_heads=16, key_size=128, value_size=128, decay="head", gate="silu")
+    with torch.device("meta"):
+        layer = DeltaAttention(config)
+    state = layer.state(1, 262144, dtype=dtype, device="meta")
+    assert state.nbytes == layer.cost(1, 1, dtype=dtype).state_bytes(262144) == 2 << 20 | 3 * 8192 * dtype.itemsize
 
 
 REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -72,7 +72,9 @@ def delta_attention(
     Source: Yang et al. 2024, arXiv 2406.06484; with decay arXiv 2412.06464 and, a channel, arXiv 2510.26692.
     """
     checked = call(q, k, v, beta, log_decay, state, scale=scale, return_state=return_state)
-    found: Tensor | tuple[Tensor, Tensor] = run(SPEC, checked, backend)
+    # Autocast would round each product with the state, a sum over all tokens, to half precision.
+    with torch.autocast(q.device.type, enabled=False):
+        found: Tensor | tuple[Tensor, Tensor] = run(SPEC, checked, backend)
     return found
 
 

@@ -69,11 +69,12 @@ class _Chunked(torch.autograd.Function):
         q, k, v, beta, log_decay, spoiled, *states = ctx.saved_tensors
         tokens = Tokens(q, k, v, beta, log_decay, spoiled, ctx.scale)
         found = [None if x is None else torch.empty_like(x) for x in (q, k, v, beta, log_decay)]
-        for (start, end), state in reversed(list(zip(_runs(q), states, strict=True))):
-            *parts, d_state = Run.of(tokens, start, end).walk_back(state, d_o[:, :, start:end], d_state)
-            for whole, part in zip(found, parts, strict=True):
-                if whole is not None:
-                    whole[:, :, start:end] = part
+        with torch.autocast(q.device.type, enabled=False):
+            for (start, end), state in reversed(list(zip(_runs(q), states, strict=True))):
+                *parts, d_state = Run.of(tokens, start, end).walk_back(state, d_o[:, :, start:end], d_state)
+                for whole, part in zip(found, parts, strict=True):
+                    if whole is not None:
+                        whole[:, :, start:end] = part
         return *found, d_state, None, None
 
 

@@ -19,9 +19,9 @@ def spoiled_from(k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None) -
     work = torch.promote_types(k.dtype, torch.float32)
     square = torch.linalg.vector_norm(k, dim=-1, dtype=work).square()
     strength = beta.to(work) * square.repeat_interleave(beta.shape[1] // k.shape[1], 1)
-    good = (strength >= 0) & (strength <= LARGEST) & v.isfinite().all(-1)
+    # Reductions over channels, which unlike comparisons make no tensor of the size of the input.
+    good = (strength >= 0) & (strength <= LARGEST) & torch.linalg.vector_norm(v, torch.inf, -1).isfinite()
     if log_decay is not None:
-        falls = log_decay <= 0
-        good = good & (falls.all(-1) if log_decay.dim() == 4 else falls)
+        good = good & ((log_decay.amax(-1) if log_decay.dim() == 4 else log_decay) <= 0)
     spoiled: Tensor = (~good).cumsum(-1) > 0
     return spoiled
