@@ -199,7 +199,7 @@ def _kda(place: LayerPlace) -> DeltaConfig:
 SPEC = Mechanism(
     name="delta",
     title="Delta rule",
-    equation="o = scale * S^T q with S <- exp(log_decay) S + beta k (v - exp(log_decay) S^T k)^T",
+    equation="o = scale * S^T q with S <- exp(log_decay) S, then S <- S + beta k (v - S^T k)^T",
     papers=("arXiv 2102.11174", "arXiv 2406.06484", "arXiv 2412.06464", "arXiv 2510.26692"),
     call=call,
     function=delta_attention,
