@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, rms_norm
 
 import attnkit
 from attnkit.mechanisms.hierarchical import (
@@ -24,8 +24,8 @@ from attnkit.spec import Sizes
 from attnkit.state import PyramidState
 
 BACKENDS = ("chunk", "reference")
-TWO, FIVE = 0, 1
-"""Seeds whose samples have two and five levels."""
+TWO, FIVE, NORMALISED = 0, 1, 2
+"""Seeds whose samples have two levels, five, and two with gains."""
 
 
 def sampled(n: int, seed: int = FIVE, **sizes: int) -> dict[str, Any]:
@@ -89,6 +89,18 @@ def test_one_level_is_causal_softmax_attention(backend: str) -> None:
     assert (hierarchical_attention(**inputs, backend=backend) - plain).abs().max() < 1e-12
     whole = hierarchical_attention(**sampled(40), backend=backend)
     assert (whole[..., :3] - plain).abs().max() < 1e-12, "and so is the finest level of any pyramid"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gains_normalise_queries_and_keys_of_every_level(backend: str) -> None:
+    """Longer queries and keys change nothing on any level, and one level is softmax attention over normalised ones."""
+    inputs = sampled(20, NORMALISED)
+    found = hierarchical_attention(**inputs, backend=backend)
+    longer = {name: x * (3 if name in ("q", "k", "q_weight", "k_weight") else 1) for name, x in inputs.items()}
+    assert (hierarchical_attention(**longer, backend=backend) - found).abs().max() < 1e-12
+    q, k = (rms_norm(inputs[name], (6,), inputs[f"{name}_gain"][0]) for name in ("q", "k"))
+    plain = attnkit.softmax_attention(q, k, inputs["v"], mask=attnkit.causal())
+    assert (found[..., :3] - plain).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -196,6 +208,7 @@ REFUSALS = [
     ({"k_weight": torch.zeros(4, 2, 4, 6, dtype=torch.int64)}, TypeError, "k_weight has dtype torch.int64"),
     ({"q": torch.zeros(1, 4, 8, 6, dtype=torch.float64)}, ValueError, "keys is 9 in k (1, 2, 9, 6) but 8 in q"),
     ({"rotary": Rotary(8)}, ValueError, "rotary is made for head size 8, keys have 6"),
+    ({"k_gain": torch.ones(4, 6)}, ValueError, "k_gain has shape (4, 6), expected (5, 6), a row a level"),
 ]
 
 

@@ -34,6 +34,8 @@ def hierarchical_attention(
     k_weight: Tensor | None = None,
     v_weight: Tensor | None = None,
     *,
+    q_gain: Tensor | None = None,
+    k_gain: Tensor | None = None,
     rotary: Rotary | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -51,6 +53,8 @@ def hierarchical_attention(
     down: (p, h, e, x), floating: from a token's result, all heads, to its ``x`` numbers one level up; None for no
         level but the first, which is causal softmax attention.
     q_weight: (p, h, x, d), k_weight: (p, g, x, d), v_weight: (p, g, x, e): what each higher level attends with.
+    q_gain, k_gain: (1 + p, d), floating: queries and keys of every level are divided by their root mean square and
+        multiplied by these before they turn; None leaves them as they are.
     rotary: turns queries and keys of every level by the positions of their tokens, ``j 2^l``; None for none.
     backend: "chunk" or "reference", which then runs or raises; None takes the first that can run.
 
@@ -62,7 +66,7 @@ def hierarchical_attention(
     ------
     ValueError, TypeError: arguments that do not fit together.
     """
-    checked = call(q, k, v, down, q_weight, k_weight, v_weight, rotary=rotary)
+    checked = call(q, k, v, down, q_weight, k_weight, v_weight, q_gain=q_gain, k_gain=k_gain, rotary=rotary)
     result: Tensor = run(SPEC, checked, backend)
     return result
 
@@ -76,6 +80,8 @@ def call(
     k_weight: Tensor | None = None,
     v_weight: Tensor | None = None,
     *,
+    q_gain: Tensor | None = None,
+    k_gain: Tensor | None = None,
     rotary: Rotary | None = None,
 ) -> dict[str, Any]:
     """Check the arguments of ``hierarchical_attention``; return them by name, as every backend gets them."""
@@ -98,6 +104,12 @@ def call(
         **{name: (x, patterns[name]) for name, x in given.items()},
     )
     shapes.check_same(where, q=q, k=k, v=v)
+    for name, x in (("q_gain", q_gain), ("k_gain", k_gain)):
+        if x is not None:
+            given[name] = x
+            expected = (1 + sizes.get("levels", 0), sizes["d"])
+            if x.shape != expected:
+                raise ValueError(f"{where}: {name} has shape {tuple(x.shape)}, expected {expected}, a row a level")
     shapes.check_device(where, q=q, **given)
     shapes.check_groups(where, sizes["h"], sizes["g"])
     for name, x in given.items():
@@ -105,7 +117,7 @@ def call(
             raise TypeError(f"{where}: {name} has dtype {x.dtype}, expected a floating one")
     if rotary is not None and rotary.head_size != sizes["d"]:
         raise ValueError(f"{where}: rotary is made for head size {rotary.head_size}, keys have {sizes['d']}")
-    return {"q": q, "k": k, "v": v, **weights, "rotary": rotary}
+    return {"q": q, "k": k, "v": v, **weights, "q_gain": q_gain, "k_gain": k_gain, "rotary": rotary}
 
 
 def hierarchical_attention_step(
@@ -118,6 +130,8 @@ def hierarchical_attention_step(
     k_weight: Tensor | None = None,
     v_weight: Tensor | None = None,
     *,
+    q_gain: Tensor | None = None,
+    k_gain: Tensor | None = None,
     rotary: Rotary | None = None,
 ) -> Tensor:
     """The same for the next ``m`` tokens after those that ``state`` holds, which it holds as well afterwards.
@@ -126,13 +140,13 @@ def hierarchical_attention_step(
     ----------
     q: (b, h, m, d). k: (b, g, m, d). v: (b, g, m, e): of the new tokens, level 0, before any rotation.
     state: with as many levels as the weights make, ``1 + p``.
-    down, q_weight, k_weight, v_weight, rotary: as in ``hierarchical_attention``.
+    down, q_weight, k_weight, v_weight, q_gain, k_gain, rotary: as in ``hierarchical_attention``.
 
     Returns
     -------
     o: (b, h, m, (1 + p) e) in q's dtype: rows of the new tokens.
     """
-    checked = call(q, k, v, down, q_weight, k_weight, v_weight, rotary=rotary)
+    checked = call(q, k, v, down, q_weight, k_weight, v_weight, q_gain=q_gain, k_gain=k_gain, rotary=rotary)
     levels = 1 if down is None else 1 + len(down)
     if state.levels != levels:
         raise ValueError(
@@ -148,7 +162,7 @@ def sample(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Arguments for ``hierarchical_attention``: two levels, five with every third seed; all ``n`` are asked."""
+    """Arguments for ``hierarchical_attention``: two levels, five or normalised ones with every third seed."""
     s = sizes or Sizes(b=2, h=4, g=2, m=37, n=37, d=16, e=8)
     levels, inner = (1, 4, 1)[seed % 3], 4
     generator = torch.Generator().manual_seed(seed)
@@ -157,7 +171,7 @@ def sample(
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
         return drawn.to(device, dtype)
 
-    return {
+    made = {
         "q": normal(s.b, s.h, s.n, s.d),
         "k": normal(s.b, s.g, s.n, s.d),
         "v": normal(s.b, s.g, s.n, s.e),
@@ -167,6 +181,7 @@ def sample(
             for name, heads, size in (("q_weight", s.h, s.d), ("k_weight", s.g, s.d), ("v_weight", s.g, s.e))
         },
     }
+    return made if seed % 3 != 2 else made | {name: normal(1 + levels, s.d) for name in ("q_gain", "k_gain")}
 
 
 def cost(sizes: Sizes, *, levels: int = 2, inner: int = 4, itemsize: int = 4) -> Cost:
@@ -209,7 +224,8 @@ from attnkit.mechanisms.hierarchical.layer import HierarchicalAttention, Hierarc
 def _pyramid(place: LayerPlace) -> HierarchicalConfig:
     # Narrow higher levels: with full ones, two of them would outweigh a whole block of an ordinary decoder.
     inner = max(1, place.width // 4)
-    return HierarchicalConfig(place.width, place.heads, inner=inner, rotary=Rotary(place.width // place.heads))
+    rotary = Rotary(place.width // place.heads)
+    return HierarchicalConfig(place.width, place.heads, inner=inner, rotary=rotary, qk_norm=place.qk_norm)
 
 
 SPEC = Mechanism(

@@ -22,6 +22,8 @@ def forward(
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     v_weight: Tensor | None,
+    q_gain: Tensor | None,
+    k_gain: Tensor | None,
     rotary: Rotary | None,
 ) -> Tensor:
     out, n, found = q.dtype, q.shape[2], []
@@ -29,7 +31,7 @@ def forward(
     work = torch.promote_types(out, torch.float32)
     q, k, v = q.to(work), k.to(work), v.to(work)
     for level, weights in enumerate([*maps(down, q_weight, k_weight, v_weight), None]):
-        q, k = turned(q, k, rotary, level)
+        q, k = turned(q, k, (q_gain, k_gain), rotary, level)
         o: Tensor = softmax_attention(q, k, v, mask=causal(), backend=_backend(q, k))
         found.append(o.repeat_interleave(2**level, 2)[:, :, :n])
         if weights is not None:
@@ -46,6 +48,8 @@ def step(
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     v_weight: Tensor | None,
+    q_gain: Tensor | None,
+    k_gain: Tensor | None,
     rotary: Rotary | None,
 ) -> Tensor:
     """The same for the ``m`` tokens after those of the state: a level gets those whose position it keeps."""
@@ -53,7 +57,7 @@ def step(
     i = torch.arange(start, start + q.shape[2], device=q.device)
     for level, weights in enumerate([*maps(down, q_weight, k_weight, v_weight), None]):
         first = -(-start // 2**level)  # the first new token of this level, if there is one
-        q, k = turned(q, k, rotary, level, first)
+        q, k = turned(q, k, (q_gain, k_gain), rotary, level, first)
         view = state.append(level, k, v)
         o: Tensor = softmax_attention(q, view.k, view.v, mask=causal())
         if level:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class HierarchicalConfig:
     """A pyramid of ``levels`` attentions, each over every second token of the one below.
 
     ``inner`` is the width of tokens above the finest level, ``width`` when None. ``kv_heads`` None is one KV head a
-    query head.
+    query head. ``qk_norm`` normalises queries and keys of every level.
     """
 
     width: int
@@ -28,6 +29,7 @@ class HierarchicalConfig:
     levels: int = 3
     inner: int | None = None
     rotary: Rotary | None = None
+    qk_norm: bool = False
     backend: str | None = None
 
     def __post_init__(self) -> None:
@@ -76,10 +78,12 @@ class HierarchicalAttention(nn.Module):
             nn.ModuleList(_map(c.inner_width, many * size) for many in heads) for _ in range(c.levels - 1)
         )
 
+        self.q_gain, self.k_gain = (nn.Parameter(torch.ones(c.levels, size)) if c.qk_norm else None for _ in range(2))
+
     def forward(self, x: Tensor) -> Tensor:
         """Attend within ``x`` ``(b, n, width)``; returns the same shape."""
         c = self.config
-        o = hierarchical_attention(*self._project(x), *self._between(), rotary=c.rotary, backend=c.backend)
+        o = hierarchical_attention(*self._project(x), *self._between(), **self._norms(), backend=c.backend)
         return self._out(o)
 
     def state(
@@ -97,7 +101,7 @@ class HierarchicalAttention(nn.Module):
 
     def step(self, x: Tensor, state: PyramidState) -> tuple[Tensor, PyramidState]:
         """Feed the next token or tokens ``x`` ``(b, m, width)``; any split of a sequence gives ``forward``'s rows."""
-        o = hierarchical_attention_step(*self._project(x), state, *self._between(), rotary=self.config.rotary)
+        o = hierarchical_attention_step(*self._project(x), state, *self._between(), **self._norms())
         return self._out(o), state
 
     def cost(self, m: int, n: int, *, batch: int = 1, dtype: torch.dtype = torch.float32) -> Cost:
@@ -119,6 +123,9 @@ class HierarchicalAttention(nn.Module):
         above = [[linear.weight.unflatten(0, (-1, size)).mT for linear in level] for level in self.above]
         q, k, v = (torch.stack(weights) for weights in zip(*above, strict=True))
         return torch.stack(down), q, k, v
+
+    def _norms(self) -> dict[str, Any]:
+        return {"q_gain": self.q_gain, "k_gain": self.k_gain, "rotary": self.config.rotary}
 
     def _out(self, o: Tensor) -> Tensor:
         y: Tensor = self.o(o.transpose(1, 2).flatten(2))

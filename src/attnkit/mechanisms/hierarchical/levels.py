@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm
 
 from attnkit.positions import Rotary
 
@@ -19,8 +20,18 @@ def coarser(o: Tensor, down: Tensor, q_weight: Tensor, k_weight: Tensor, v_weigh
     return tuple(torch.einsum("bnx,hxd->bhnd", x, weight.to(o.dtype)) for weight in (q_weight, k_weight, v_weight))
 
 
-def turned(q: Tensor, k: Tensor, rotary: Rotary | None, level: int, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Both rotated by the positions ``j 2^level`` of their tokens, ``j`` from ``first`` on."""
+Gains = tuple[Tensor | None, Tensor | None]
+"""Those of queries and of keys, ``(1 + p, d)`` each."""
+
+
+def turned(
+    q: Tensor, k: Tensor, gains: Gains, rotary: Rotary | None, level: int, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Both normalised where there are gains, and rotated by the positions ``j 2^level``, ``j`` from ``first`` on."""
+    q, k = (
+        x if gain is None else rms_norm(x, x.shape[-1:], gain[level].to(x.dtype))
+        for x, gain in zip((q, k), gains, strict=True)
+    )
     if rotary is None:
         return q, k
     positions = torch.arange(first, first + q.shape[2], device=q.device) << level

@@ -19,13 +19,15 @@ def forward(
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     v_weight: Tensor | None,
+    q_gain: Tensor | None,
+    k_gain: Tensor | None,
     rotary: Rotary | None,
 ) -> Tensor:
     out, work = q.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(work), k.to(work), v.to(work)
     i, found = torch.arange(q.shape[2], device=q.device), []
     for level, weights in enumerate([*maps(down, q_weight, k_weight, v_weight), None]):
-        q, k = turned(q, k, rotary, level)
+        q, k = turned(q, k, (q_gain, k_gain), rotary, level)
         o: Tensor = softmax_attention(q, k, v, mask=causal(), backend="reference")
         found.append(o[:, :, i // 2**level])
         if weights is not None:

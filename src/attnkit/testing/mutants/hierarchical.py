@@ -51,11 +51,11 @@ def _shared_results(right: Any) -> Any:
 
 
 def _from_zero(right: Any) -> Any:
-    return lambda q, k, rotary, level, first=0: right(q, k, rotary, level)
+    return lambda q, k, gains, rotary, level, first=0: right(q, k, gains, rotary, level)
 
 
 def _consecutive(right: Any) -> Any:
-    return lambda q, k, rotary, level, first=0: right(q, k, rotary, 0, first)
+    return lambda q, k, gains, rotary, level, first=0: right(q, k, gains, rotary, 0, first)
 
 
 MUTANTS.returning(
