@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from pkgutil import iter_modules
 
 import attnkit.mechanisms
-from attnkit.spec import Mechanism
+from attnkit.spec import Mechanism, Preset
 
 ENTRY_POINTS = "attnkit.mechanisms"
 
@@ -38,3 +38,10 @@ def get(name: str) -> Mechanism:
     if name not in mechanisms():
         raise ValueError(f"there is no mechanism {name!r}: name one of {', '.join(mechanisms())}")
     return mechanisms()[name]
+
+
+def presets(name: str) -> list[tuple[Mechanism, Preset]]:
+    """Every preset called ``gqa``, or the one called ``softmax/gqa``, with its mechanism; none where there is none."""
+    mechanism, _, preset = name.rpartition("/")
+    specs = (spec for spec in mechanisms().values() if mechanism in ("", spec.name))
+    return [(spec, found) for spec in specs for found in spec.presets if found.name == preset]

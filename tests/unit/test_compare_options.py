@@ -9,6 +9,7 @@ import pytest
 from attnkit import registry
 from attnkit.compare import rows
 from attnkit.compare.options import CompareOptions
+from attnkit.models.hybrids import HYBRIDS
 
 SPEC = registry.get("softmax")
 
@@ -17,15 +18,18 @@ def names(*asked: str) -> list[str]:
     return [row.name for row in rows.select(asked)]
 
 
-def test_every_preset_of_every_mechanism_is_a_row() -> None:
-    presets = [preset for spec in registry.mechanisms().values() for preset in spec.presets]
-    assert [row.preset for row in rows.known()] == presets
+def test_every_preset_of_every_mechanism_is_a_row_and_every_installed_hybrid() -> None:
+    presets = [f"{spec.name}/{preset.name}" for spec in registry.mechanisms().values() for preset in spec.presets]
+    assert [row.pattern for row in rows.known() if not row.hybrid] == [(preset,) for preset in presets]
+    assert [row.name for row in rows.known() if row.hybrid] == [h.name for h in HYBRIDS if h.installed]
     assert all(rows.select([row.name]) == (row,) for row in rows.known())
 
 
 def test_a_row_is_named_by_preset_by_both_or_all_of_a_mechanism_at_once() -> None:
     assert names("window", "softmax/gqa", "gqa", "window") == ["window", "gqa"]
     assert names("softmax") == [preset.name for preset in SPEC.presets]
+    assert names("window_5_1") == ["window_5_1"]
+    assert "window_5_1" in names("hybrids")
 
 
 def test_a_preset_of_two_mechanisms_needs_both_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,9 +47,9 @@ def test_any_split_into_steps_gives_the_logits_of_one_pass(name: str) -> None:
         whole = model(tokens)
         gold = model.double()(tokens)
         model.float()
-        states, parts = model.states(2, 23), []
+        state, parts = model.state(2, 23), []
         for piece in tokens.split([7, 1, 1, 9, 5], 1):
-            logits, states = model.step(piece, states)
+            logits, state = model.step(piece, state)
             parts.append(logits)
     assert_within(torch.cat(parts, 1), gold, whole, torch.float32)
 

@@ -87,9 +87,9 @@ def test_steps_equal_teacher_forcing(name: str) -> None:
     model = awake(encoder_decoder(name))
     source, tokens = batch()
     whole = model(source, tokens, mask=KEEP)
-    seen, states, rows = model.encoder(source, mask=KEEP), model.states(2, 5), []
+    seen, state, rows = model.encoder(source, mask=KEEP), model.state(2, 5), []
     for part in tokens.split([2, 1, 2], 1):
-        logits, states = model.step(part, seen, states, mask=KEEP)
+        logits, state = model.step(part, seen, state, mask=KEEP)
         rows.append(logits)
     assert (torch.cat(rows, 1) - whole).abs().max() < 1e-12
     alone = model(source[1:, :4], tokens[1:])

@@ -11,7 +11,7 @@ from attnkit.cli.output import Json, StoppedError
 
 Mechanisms = Annotated[
     str | None,
-    typer.Option(help="Rows to compare: presets such as mha,gqa,window, or a mechanism for all its presets."),
+    typer.Option(help="Rows to compare: presets such as mha,gqa; a mechanism for all its presets; hybrids."),
 ]
 
 

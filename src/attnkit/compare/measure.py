@@ -58,7 +58,7 @@ class _Subject:
     def __init__(self, row: Row, plan: SpeedPlan, tokens: Tensor) -> None:
         self.row, self.plan, self.tokens = row, plan, tokens
         self.model = decoder(row, plan)
-        self.states = self.model.states(1, plan.contexts[-1])
+        self.state = self.model.state(1, plan.contexts[-1])
         self.held = 0
 
     def prefill(self) -> float:
@@ -68,7 +68,7 @@ class _Subject:
         return time.perf_counter() - start
 
     def feed(self, until: int) -> None:
-        """Bring the states to ``until`` tokens."""
+        """Bring the state to ``until`` tokens."""
         while self.held < until:
             self._step(min(_CHUNK, until - self.held))
 
@@ -82,7 +82,7 @@ class _Subject:
         return median(seconds)
 
     def _step(self, count: int) -> None:
-        _, self.states = self.model.step(self.tokens[:, self.held : self.held + count], self.states)
+        _, self.state = self.model.step(self.tokens[:, self.held : self.held + count], self.state)
         self.held += count
 
 
@@ -97,8 +97,8 @@ def decoder(row: Row, plan: SpeedPlan) -> Decoder:
 
 
 def cache(model: Decoder, capacity: int) -> tuple[int, int]:
-    """Bytes that the states of one sequence of ``capacity`` tokens take, and the bytes that ``cost`` predicts."""
-    allocated = sum(state.nbytes for state in model.states(1, capacity))
+    """Bytes that the state of one sequence of ``capacity`` tokens takes, and the bytes that ``cost`` predicts."""
+    allocated = model.state(1, capacity).nbytes
     mixers: list[Any] = [block.mixer for block in model.layers]
     predicted = sum(mixer.cost(1, capacity).state_bytes(capacity) for mixer in mixers)
     return allocated, predicted
@@ -157,6 +157,7 @@ def speed(rows: Sequence[Row], plan: SpeedPlan, progress: Progress) -> list[Line
                 "spread": round(max(timings[index].spread for timings in (prefill, decode[-1])), 4),
                 "others": round(others.cores(), 2),
             }
+            | ({"layers": subject.row.kinds(plan.layers)} if subject.row.hybrid else {})
         )
     return lines
 

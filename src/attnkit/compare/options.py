@@ -18,7 +18,8 @@ class CompareOptions:
     ----------
     text: files to train on; Shakespeare's plays when there are none.
     quick: minutes on two cores and one seed; otherwise every row, more seeds, longer contexts and all tasks.
-    mechanisms: names of rows (``gqa``, ``softmax/gqa``) or of mechanisms (all their rows); the set-up's own when empty.
+    mechanisms: names of rows (``gqa``, ``softmax/gqa``, ``window_5_1``), of mechanisms (all their rows), or
+        ``hybrids`` (all of those); the set-up's own when empty.
     seeds: seeds to train with; the set-up's own when empty.
     tokenizer: "bytes", "bpe" (trained on the text), or the set-up's own when None.
     out: folder for ``results.jsonl`` and ``report.html``.

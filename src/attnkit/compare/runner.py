@@ -22,6 +22,7 @@ from attnkit.compare.store import FORMAT, REPORT, Line, Store
 from attnkit.compare.trainings import Training
 from attnkit.compare.words import words
 from attnkit.masks import Mask
+from attnkit.models import hybrids
 from attnkit.spec import LayerPlace
 
 # What parts took on two cores of a Zen 5; it only weighs them against each other for the time left.
@@ -134,13 +135,15 @@ class _Run:
             masks: dict[Mask, str] = {}
             for layer in range(shape.layers):
                 place = LayerPlace(shape.width, shape.heads, shape.window, layer, shape.layers)
-                mask = getattr(row.preset.configure(place), "mask", None)
+                mask = getattr(hybrids.at(row.pattern, place)[1].configure(place), "mask", None)
                 if isinstance(mask, Mask):
-                    masks.setdefault(mask, f"layer {layer + 1}: {row.preset.title}" if masks else row.preset.title)
+                    alone = not (masks or row.hybrid)
+                    masks.setdefault(mask, row.title if alone else f"layer {layer + 1}: {row.title}")
             for mask, title in masks.items():
                 about = {"kind": "mask", "row": row.name, "title": title}
                 if about not in self.results:
-                    lines.append(about | {"n": length, "picture": mask.draw(length, cells=MASK_CELLS)})
+                    picture = mask.draw(length, cells=MASK_CELLS)
+                    lines.append(about | {"name": row.title, "n": length, "picture": picture})
         self._keep(lines)
         if lines:
             self._show(report.pictures(lines))

@@ -55,12 +55,16 @@ class TextResult:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A decoder trained on tasks, and its share of right answers in each exam."""
+    """A decoder trained on tasks, and its share of right answers in each exam.
+
+    ``state`` is the bytes of state of one sequence by its length, for the lengths of the exams and twice the longest.
+    """
 
     parameters: int
     tokens: int
     seconds: float
     points: tuple[tuple[Exam, float], ...]
+    state: dict[int, int]
 
 
 def text(layer: Layer, setup: TextSetup, corpus: Corpus, *, seed: int, progress: Progress) -> TextResult:
@@ -91,7 +95,9 @@ def task(layer: Layer, setup: TaskSetup, *, seed: int, progress: Progress) -> Ta
     for exam in setup.exams:
         _, right = judge(model, exam.batch(torch.Generator().manual_seed(_EXAM_SEED), setup.rows))
         points.append((exam, right))
-    return TaskResult(parameters(model), fitted.tokens, fitted.seconds, tuple(points))
+    lengths = sorted({exam.length for exam in setup.exams})
+    state = {length: model.state(1, length).nbytes for length in (*lengths, 2 * lengths[-1])}
+    return TaskResult(parameters(model), fitted.tokens, fitted.seconds, tuple(points), state)
 
 
 def build(layer: Layer, shape: Shape, vocab: int, seed: int) -> Decoder:

@@ -41,10 +41,14 @@ def run(setup: Setup, corpus: Corpus, training: Training, progress: Progress) ->
             progress(done)
 
         if training.kind == "text":
+            layers = setup.text.shape.layers
             results = [_text(train.text(row.layer, setup.text, corpus, seed=training.seed, progress=step))]
         else:
+            layers = setup.tasks.shape.layers
             results = _tasks(train.task(row.layer, setup.tasks, seed=training.seed, progress=step))
-    trained = {"backend": "+".join(sorted(backends))}
+    trained: Line = {"backend": "+".join(sorted(backends))}
+    if row.hybrid:
+        trained["layers"] = row.kinds(layers)
     return [about | result | trained for about, result in zip(training.lines(setup), results, strict=True)]
 
 
@@ -64,8 +68,15 @@ def _tasks(result: train.TaskResult) -> list[Line]:
     points: dict[str, list[Line]] = {}
     for exam, accuracy in result.points:
         place = {"length": exam.length} | ({"pairs": exam.pairs} if exam.task == "recall" else {})
-        points.setdefault(exam.task, []).append(place | {"accuracy": _rounded(accuracy)})
-    same = {"parameters": result.parameters, "tokens": result.tokens, "seconds": round(result.seconds, 2)}
+        found = place | {"accuracy": _rounded(accuracy), "state_bytes": result.state[exam.length]}
+        points.setdefault(exam.task, []).append(found)
+    *_, longest, twice = result.state
+    same = {
+        "parameters": result.parameters,
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 2),
+        "state_bytes_per_token": (result.state[twice] - result.state[longest]) / longest,
+    }
     return [{"points": found} | same for found in points.values()]
 
 

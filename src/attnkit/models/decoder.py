@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attnkit.state import LayeredState
+
 Mixer = Callable[[int], nn.Module]
 """Makes the mixer of layer ``i``: a module with ``forward(x)``, ``step(x, state)`` and ``state(batch, capacity)``."""
+
+Mixers = Mixer | Sequence[Mixer]
+"""One mixer for every layer, or a hybrid's pattern: repeated from the first layer on, and cut off at the last."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +83,15 @@ class Decoder(nn.Module):
     (measured: see ``docs/notes/training.md``). ``gate_up`` is N(0, 1/width). What writes to the stream, ``down`` and a
     mixer's output projection, by convention its linear map ``o``, is 0, so that every layer starts as the identity; the
     rest of a mixer starts as it was made.
+
+    ``mixer`` may be a pattern of several, such as five with a window and one without: a hybrid.
     """
 
-    def __init__(self, config: DecoderConfig, mixer: Mixer) -> None:
+    def __init__(self, config: DecoderConfig, mixer: Mixers) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab, config.width)
-        blocks = [Block(config, mixer(layer)) for layer in range(config.layers)]
+        blocks = [Block(config, mixer_of(mixer, layer, config.layers)) for layer in range(config.layers)]
         self.layers = cast("Sequence[Block]", nn.ModuleList(blocks))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
@@ -98,19 +105,17 @@ class Decoder(nn.Module):
             x = block(x)
         return self._logits(x)
 
-    def states(self, batch: int, capacity: int) -> list[Any]:
-        """One empty decoding state a layer, for ``batch`` sequences of up to ``capacity`` tokens."""
-        weight = self.embedding.weight
-        return [block.mixer.state(batch, capacity, dtype=weight.dtype, device=weight.device) for block in self.layers]
+    def state(self, batch: int, capacity: int) -> LayeredState:
+        """An empty state for ``batch`` sequences of up to ``capacity`` tokens: for each layer, what its mixer needs."""
+        return empty_state([block.mixer for block in self.layers], batch, capacity, like=self.embedding.weight)
 
-    def step(self, tokens: Tensor, states: list[Any]) -> tuple[Tensor, list[Any]]:
-        """Feed the next tokens ``(b, m)``; their logits ``(b, m, vocab)`` and the states after them."""
+    def step(self, tokens: Tensor, state: LayeredState) -> tuple[Tensor, LayeredState]:
+        """Feed the next tokens ``(b, m)``; their logits ``(b, m, vocab)`` and the state after them."""
+        state.admit(tokens.shape[1])
         x = self._embed(tokens)
-        after = []
-        for block, state in zip(self.layers, states, strict=True):
-            x, state = block.step(x, state)
-            after.append(state)
-        return self._logits(x), after
+        for i, (block, own) in enumerate(zip(self.layers, state.layers, strict=True)):
+            x, state.layers[i] = block.step(x, own)
+        return self._logits(x), state
 
     @torch.no_grad()
     def generate(
@@ -139,13 +144,13 @@ class Decoder(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         was_training = self.training
         self.eval()
-        states = self.states(tokens.shape[0], tokens.shape[1] + count) if cache else []
+        state = self.state(tokens.shape[0], tokens.shape[1] + count) if cache else None
         fresh = tokens
         for _ in range(count):
-            if cache:
-                logits, states = self.step(fresh, states)
-            else:
+            if state is None:
                 logits = self(tokens)
+            else:
+                logits, state = self.step(fresh, state)
             fresh = _choose(logits[:, -1].float().cpu(), temperature, top_k, generator)[:, None].to(tokens.device)
             tokens = torch.cat([tokens, fresh], 1)
         self.train(was_training)
@@ -157,6 +162,25 @@ class Decoder(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(self.norm(x), self.embedding.weight)
+
+
+def mixer_of(mixer: Mixers, layer: int, layers: int) -> nn.Module:
+    """The mixer of layer ``layer`` of ``layers``: a pattern repeats.
+
+    Raises ``ValueError`` for a pattern that has more mixers than the model has layers, as some would never be used.
+    """
+    if callable(mixer):
+        return mixer(layer)
+    if not 1 <= len(mixer) <= layers:
+        raise ValueError(
+            f"a pattern has {len(mixer)} mixers for {layers} layers, expected 1 to {layers}: shorten it or add layers"
+        )
+    return mixer[layer % len(mixer)](layer)
+
+
+def empty_state(mixers: Sequence[Any], batch: int, capacity: int, *, like: Tensor) -> LayeredState:
+    """The empty states of ``mixers``, in the dtype and on the device of ``like``."""
+    return LayeredState([mixer.state(batch, capacity, dtype=like.dtype, device=like.device) for mixer in mixers])
 
 
 def start_as_identity(feed: FeedForward, *mixers: nn.Module) -> None:
@@ -182,7 +206,7 @@ def parameters(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
-def match_parameters(config: DecoderConfig, mixer: Mixer, target: int) -> DecoderConfig:
+def match_parameters(config: DecoderConfig, mixer: Mixers, target: int) -> DecoderConfig:
     """``config`` with the feed-forward width that brings a decoder with ``mixer`` closest to ``target`` parameters.
 
     Raises ``ValueError`` when the nearest one is more than 0.5 % off.

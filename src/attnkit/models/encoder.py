@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from attnkit.masks import Mask
-from attnkit.models.decoder import FeedForward, Mixer, start_as_identity
+from attnkit.models.decoder import FeedForward, Mixers, mixer_of, start_as_identity
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Encoder(nn.Module):
     variance, enter with unit variance, as in ``Decoder``.
     """
 
-    def __init__(self, config: EncoderConfig, mixer: Mixer) -> None:
+    def __init__(self, config: EncoderConfig, mixer: Mixers) -> None:
         super().__init__()
         self.config = config
         self.enter: nn.Module
@@ -74,10 +74,8 @@ class Encoder(nn.Module):
             self.enter = linear
         else:
             self.enter = nn.Embedding(config.inputs, config.width)
-        self.layers = cast(
-            "Sequence[EncoderBlock]",
-            nn.ModuleList(EncoderBlock(config, mixer(layer)) for layer in range(config.layers)),
-        )
+        blocks = [EncoderBlock(config, mixer_of(mixer, layer, config.layers)) for layer in range(config.layers)]
+        self.layers = cast("Sequence[EncoderBlock]", nn.ModuleList(blocks))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
 
     def forward(self, source: Tensor, *, mask: Mask | None = None) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnkit.masks import Mask
-from attnkit.models.decoder import DecoderConfig, FeedForward, Mixer, start_as_identity
+from attnkit.models.decoder import DecoderConfig, FeedForward, Mixers, empty_state, mixer_of, start_as_identity
 from attnkit.models.encoder import Encoder, EncoderConfig
+from attnkit.state import LayeredState
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,21 @@ class EncoderDecoder(nn.Module):
 
     ``encoder_mixer`` and ``mixer`` make mixers of one sequence, ``cross`` modules called as ``cross(x, source)`` and,
     for padded sources, ``cross(x, source, mask=mask)``: the layers of softmax and of additive attention are both.
+    Each may be a pattern, as in ``Decoder``.
     """
 
-    def __init__(self, config: EncoderDecoderConfig, encoder_mixer: Mixer, mixer: Mixer, cross: Mixer) -> None:
+    def __init__(self, config: EncoderDecoderConfig, encoder_mixer: Mixers, mixer: Mixers, cross: Mixers) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config.encoder, encoder_mixer)
         sizes = config.decoder
         self.embedding = nn.Embedding(sizes.vocab, sizes.width)
         nn.init.normal_(self.embedding.weight, std=sizes.width**-0.5)
-        self.layers = cast(
-            "Sequence[CrossBlock]",
-            nn.ModuleList(CrossBlock(sizes, mixer(layer), cross(layer)) for layer in range(sizes.layers)),
-        )
+        blocks = [
+            CrossBlock(sizes, mixer_of(mixer, layer, sizes.layers), mixer_of(cross, layer, sizes.layers))
+            for layer in range(sizes.layers)
+        ]
+        self.layers = cast("Sequence[CrossBlock]", nn.ModuleList(blocks))
         self.norm = nn.RMSNorm(sizes.width, eps=1e-6)
 
     def forward(self, source: Tensor, tokens: Tensor, *, mask: Mask | None = None) -> Tensor:
@@ -86,24 +89,22 @@ class EncoderDecoder(nn.Module):
             x = block(x, states, mask)
         return self._logits(x)
 
-    def states(self, batch: int, capacity: int) -> list[Any]:
-        """One empty decoding state a layer, for the decoder's own tokens."""
-        weight = self.embedding.weight
-        return [block.mixer.state(batch, capacity, dtype=weight.dtype, device=weight.device) for block in self.layers]
+    def state(self, batch: int, capacity: int) -> LayeredState:
+        """An empty decoding state for the decoder's own tokens."""
+        return empty_state([block.mixer for block in self.layers], batch, capacity, like=self.embedding.weight)
 
     def step(
-        self, tokens: Tensor, source: Tensor, states: list[Any], *, mask: Mask | None = None
-    ) -> tuple[Tensor, list[Any]]:
+        self, tokens: Tensor, source: Tensor, state: LayeredState, *, mask: Mask | None = None
+    ) -> tuple[Tensor, LayeredState]:
         """Feed the next tokens ``(b, m)``; ``source`` ``(b, n, width)`` is what ``encoder`` made, once.
 
         Each step projects the source's states again: simple, and no dearer than a step while the source is short.
         """
+        state.admit(tokens.shape[1])
         x = self._embed(tokens)
-        after = []
-        for block, state in zip(self.layers, states, strict=True):
-            x, state = block.step(x, source, mask, state)
-            after.append(state)
-        return self._logits(x), after
+        for i, (block, own) in enumerate(zip(self.layers, state.layers, strict=True)):
+            x, state.layers[i] = block.step(x, source, mask, own)
+        return self._logits(x), state
 
     @torch.no_grad()
     def generate(self, source: Tensor, tokens: Tensor, count: int, *, mask: Mask | None = None) -> Tensor:
@@ -113,10 +114,10 @@ class EncoderDecoder(nn.Module):
         was_training = self.training
         self.eval()
         seen = self.encoder(source, mask=mask)
-        states = self.states(tokens.shape[0], tokens.shape[1] + count)
+        state = self.state(tokens.shape[0], tokens.shape[1] + count)
         fresh = tokens
         for _ in range(count):
-            logits, states = self.step(fresh, seen, states, mask=mask)
+            logits, state = self.step(fresh, seen, state, mask=mask)
             fresh = logits[:, -1:].argmax(-1)
             tokens = torch.cat([tokens, fresh], 1)
         self.train(was_training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attnkit.state.kv import KVState
+from attnkit.state.layered import LayeredState, State
 from attnkit.state.pyramid import PyramidState
 from attnkit.state.recurrent import RecurrentState
 from attnkit.state.rewritten import RewrittenState
@@ -13,9 +14,11 @@ from attnkit.state.window import WindowState
 
 __all__ = [
     "KVState",
+    "LayeredState",
     "PyramidState",
     "RecurrentState",
     "RewrittenState",
+    "State",
     "SummaryState",
     "TokenState",
     "View",

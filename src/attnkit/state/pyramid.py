@@ -50,6 +50,11 @@ class PyramidState:
         return self._levels[0].length
 
     @property
+    def capacity(self) -> int:
+        """Tokens a sequence may hold."""
+        return self._levels[0].capacity
+
+    @property
     def levels(self) -> int:
         """Levels of the pyramid, the finest included."""
         return len(self._levels)
