@@ -8,12 +8,12 @@ page: ``chosen``, the row that the reader points at, and ``narrow``, true where 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from attnkit.report import units
+from attnkit.report import memory, units
 from attnkit.report.measures import bits_per_byte, cache_context, cache_size
 from attnkit.report.noise import Sample
 from attnkit.report.results import Kernel, Results, Row, joined
@@ -116,7 +116,8 @@ def require() -> None:
 
 def figures(results: Results) -> list[Figure]:
     """Every chart for which something was measured, in the order of the page."""
-    found = [_quality(results), _decoding(results), *_recall(results), *_by_length(results), _learning(results)]
+    recall = [*_recall(results), _state(results)]
+    found = [_quality(results), _decoding(results), *recall, *_by_length(results), _learning(results)]
     return [figure for figure in found if figure is not None]
 
 
@@ -194,6 +195,38 @@ def _recall_at(results: Results, length: int) -> Figure | None:
             _counted_axis("pairs to remember", points),
             _SHARE,
             shown=("pairs", ",d", "accuracy", ".1%"),
+        ),
+    )
+
+
+def _state(results: Results) -> Figure | None:
+    found = memory.recall(results)
+    if found is None:
+        return None
+    few, many = found.places
+    points = {
+        kept.row.label: [_Point(kept.bytes, kept.many.mean, *sorted((kept.few.mean, kept.many.mean)))]
+        for kept in found.rows
+        if kept.bytes
+    }
+    fixed = {kept.row.label for kept in found.rows if kept.fixed}
+    x = _log_axis(f"state of one sequence of {many.length} tokens, bytes", _xs(points))
+    told = [f"{row} {units.size(p.x)}, {units.percent(p.y)}" for row, (p,) in points.items()]
+    return Figure(
+        "recall-state",
+        "Recall against state size",
+        f"Marks: recall of {many.pairs} pairs. Bars end at that of {few.pairs} pairs, from the same state. Hollow: the "
+        "state has a fixed size; the others grow with the sequence.",
+        f"Recall of {many.pairs} pairs against bytes of state: {joined(told)}. Of fixed size: "
+        f"{joined(sorted(fixed)) or 'none'}.",
+        _chart(
+            results,
+            points,
+            replace(x, ticks=_powers(x, 2.0), label=_BYTES),
+            _SHARE,
+            lines=False,
+            hollow=fixed,
+            shown=("state bytes", ",d", "recall", ".1%"),
         ),
     )
 
@@ -339,8 +372,12 @@ def _chart(
     lines: bool = True,
     marks: bool = True,
     band: bool = False,
+    hollow: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Rows as points, joined by lines or not, each with its name; ``shown`` names and formats x and y in tooltips."""
+    """Rows as points, joined by lines or not, each with its name; ``shown`` names and formats x and y in tooltips.
+
+    The marks of ``hollow`` rows are not filled.
+    """
     import altair as alt
 
     labels = [row.label for row in results.rows]
@@ -370,7 +407,12 @@ def _chart(
     if lines:
         layers.append(base.mark_line(strokeWidth=2, clip=True).encode(x=across, y=up, tooltip=tips))
     if marks:
-        mark = base.mark_point(filled=True, size=42 if lines else 110)
+        solid = base.properties(data=alt.Data(values=[v for v in values if v["row"] not in hollow])) if hollow else base
+        mark = solid.mark_point(filled=True, size=42 if lines else 110)
+        layers.append(mark.encode(x=across, y=up, shape=shape, opacity=fade, tooltip=tips))
+    if hollow:
+        open_ones = base.properties(data=alt.Data(values=[v for v in values if v["row"] in hollow]))
+        mark = open_ones.mark_point(filled=False, size=110, strokeWidth=2.2)
         layers.append(mark.encode(x=across, y=up, shape=shape, opacity=fade, tooltip=tips))
     named = alt.Chart(alt.Data(values=_names(points, x, y, scatter=not lines)))
     seen = alt.condition(_NAMES, alt.value(1), alt.value(0))

@@ -43,10 +43,16 @@ class Text:
 
 @dataclass(frozen=True)
 class Task:
-    """One model trained on a task: the accuracy (0 to 1) at each place."""
+    """One model trained on a task: the accuracy (0 to 1) at each place.
+
+    ``state`` is the bytes of state of a sequence at each place, ``token_bytes`` what one more token adds to them: 0
+    where the state does not grow, and None where the run did not say.
+    """
 
     accuracy: Mapping[Place, float]
     backend: str
+    state: Mapping[Place, int] = field(default_factory=dict)
+    token_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -120,11 +126,21 @@ class Row:
     tasks: dict[str, dict[int, Task]] = field(default_factory=dict)
     speed: Speed | None = None
     pictures: list[Picture] = field(default_factory=list)
+    layers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of a hybrid, what its layers were, by what was measured: ``text``, ``task`` or ``speed``."""
 
     @property
     def looks_past(self) -> bool:
         """In every layer that was drawn a query misses some of the keys before it."""
         return bool(self.pictures) and not any(picture.sees_all for picture in self.pictures)
+
+    def state_bytes(self, task: str, place: Place) -> int | None:
+        """The bytes of state of one sequence at ``place``, which no seed changes."""
+        return next((run.state[place] for run in self.tasks.get(task, {}).values() if place in run.state), None)
+
+    def fixed(self, task: str) -> bool:
+        """The state of the models trained on ``task`` does not grow with the sequence, as far as the run says."""
+        return any(run.token_bytes == 0 for run in self.tasks.get(task, {}).values())
 
     def accuracies(self, task: str, place: Place) -> list[float]:
         """The accuracy at ``place``, one value a seed."""
@@ -219,6 +235,8 @@ def read(lines: Iterable[Line]) -> Results:
                 row_of(line).speed = _speed(line)
             else:
                 raise ValueError(f"its kind is {kind!r}, expected run, limits, kernel, mask, text, task or speed")
+            if line.get("layers"):
+                row_of(line).layers[str(kind)] = tuple(map(str, line["layers"]))
         except KeyError as error:
             raise ValueError(
                 f"line {number} of the results ({kind}) has no {error.args[0]!r}: run compare again"
@@ -255,8 +273,14 @@ def _text(line: Line) -> Text:
 
 
 def _task(line: Line) -> Task:
-    accuracy = {Place(int(p["length"]), int(p.get("pairs") or 0)): _finite(p["accuracy"]) for p in line["points"]}
-    return Task({place: value for place, value in accuracy.items() if value is not None}, str(line["backend"]))
+    points = {Place(int(p["length"]), int(p.get("pairs") or 0)): p for p in line["points"]}
+    accuracy = {place: _finite(point["accuracy"]) for place, point in points.items()}
+    return Task(
+        accuracy={place: value for place, value in accuracy.items() if value is not None},
+        backend=str(line["backend"]),
+        state={place: int(point["state_bytes"]) for place, point in points.items() if "state_bytes" in point},
+        token_bytes=_finite(line.get("state_bytes_per_token")),
+    )
 
 
 def _speed(line: Line) -> Speed:
@@ -295,7 +319,7 @@ def _add_picture(row: Row, line: Line) -> None:
     drawn = (text.split() for text in str(line["picture"]).splitlines())
     cells = tuple(tuple(levels[c] for c in cells) for cells in drawn if cells and all(c in levels for c in cells))
     picture = Picture(str(line["title"]), int(line["n"]), cells)
-    row.title = picture.title if row.title == row.id else row.title
+    row.title = str(line.get("name", picture.title)) if row.title == row.id else row.title
     row.pictures = [old for old in row.pictures if old.title != picture.title] + [picture]
 
 

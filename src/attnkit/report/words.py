@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from attnkit.bench import QUIET
-from attnkit.report import units
+from attnkit.report import memory, units
 from attnkit.report.measures import (
     LEARNED,
     Measure,
@@ -24,6 +24,7 @@ from attnkit.report.measures import (
 from attnkit.report.results import TASKS, Line, Place, Results, Row, joined, read
 
 _TASK_NAMES = {"recall": "recall", "copy": "copying", "needle": "needle retrieval"}
+_MEASURED = {"text": "the text", "task": "the tasks", "speed": "timing"}
 _PARTS = _TASK_NAMES | {"text": "training on the text", "speed": "timing"}
 
 
@@ -42,6 +43,7 @@ def paragraphs(lines: Iterable[Line]) -> list[str]:
         _on_text(results),
         _on_cache(results),
         *(_on_task(results, task, explained) for task in TASKS),
+        memory.paragraph(results),
         _on_decoding(results),
         _on_kernels(results),
         _on_scope(results),
@@ -317,10 +319,24 @@ def _on_scope(results: Results) -> str | None:
             f"All of this is about models of {parameters} parameters that read {tokens} tokens: larger models, longer "
             "training or another text may order the rows differently."
         )
+    said += _hybrids(results)
     diverged = [row for row in results.rows if any(run.bits_per_byte is None for run in row.text.values())]
     if diverged:
         said.append(f"Training diverged for {_labels(diverged)} with at least one seed, which is left out of the mean.")
     return " ".join(said) or None
+
+
+def _hybrids(results: Results) -> list[str]:
+    """Small models may have fewer layers than a hybrid's pattern, so what the layers really were is told."""
+    said = []
+    for row in (row for row in results.rows if row.layers):
+        made: dict[str, list[str]] = {}
+        for kind, layers in row.layers.items():
+            counts = joined([f"{layers.count(layer)} {layer}" for layer in dict.fromkeys(layers)])
+            made.setdefault(counts, []).append(_MEASURED.get(kind, kind))
+        where = [f"{counts} for {joined(kinds)}" for counts, kinds in made.items()]
+        said.append(f"The layers of {row.label} were {'; '.join(where) if len(where) > 1 else next(iter(made))}.")
+    return said
 
 
 def _learned_tasks(results: Results) -> list[Measure]:
