@@ -86,13 +86,20 @@ def text_line(row: str, seed: int, bits: float, *, tokens: int = 1_200_000, rate
 def task_line(task: str, row: str, seed: int, accuracy: Callable[[int, int], float]) -> Line:
     grid = [(n, p) for n in (64, 128, 256) for p in (4, 8, 16, 32) if task == "recall" and 4 * p <= n]
     grid = grid or [(n, 0) for n in (64, 128, 256, 512)]
-    points = [{"length": n, "accuracy": accuracy(n, p)} | ({"pairs": p} if p else {}) for n, p in grid]
+    _, _, _, heads, kept, *_ = ROWS[row]
+    token = int(2 * 2 * heads * 16 * 4)
+    points = [
+        {"length": n, "accuracy": accuracy(n, p), "state_bytes": token * min(n, kept or n)}
+        | ({"pairs": p} if p else {})
+        for n, p in grid
+    ]
     return {
         "kind": "task",
         "task": task,
         "row": row,
         "seed": seed,
         "points": points,
+        "state_bytes_per_token": 0 if kept else token,
         "tokens": 6_000_000,
         "backend": "sdpa",
         "seconds": 40.0,

@@ -106,6 +106,16 @@ def test_every_chart_is_drawn_without_network_or_console_errors(
     assert names == (1 if width > 500 else 0)
 
 
+def test_marks_of_fixed_states_are_hollow(full_run: list[Line]) -> None:
+    (figure,) = (figure for figure in figures(read(full_run)) if figure.id == "recall-state")
+    marks = [x for x in figure.spec["layer"] if x["mark"]["type"] == "point"]
+    rows = [{value["row"] for value in mark["data"]["values"]} for mark in marks]
+    assert [mark["mark"]["filled"] for mark in marks] == [True, False]
+    assert rows[1] == {"Sliding window", "Window + 4 first tokens"}
+    assert len(rows[0] | rows[1]) == 8
+    assert "Of fixed size: Sliding window and Window + 4 first tokens." in figure.description
+
+
 def test_pointing_at_a_row_shows_it_in_every_chart(browser: Any, quick_report: Path) -> None:
     browser.open(quick_report)
     lines = "[...document.querySelectorAll('#decode .mark-line path')]"

@@ -143,6 +143,79 @@ def test_a_mask_that_hides_keys_is_named_as_cause_only_where_it_hides_them(make_
     assert "By their masks the queries of Strided miss some of the earlier keys" in text
 
 
+SPAN = "from 4 to 32 pairs in 256 tokens"
+RECALLED = {"mha": lambda pairs: 0.99, "gqa": lambda pairs: 0.98, "strided": lambda pairs: 0.97}
+
+
+def recalls(**rows: Callable[[int], float]) -> Callable[[str, int, int], float]:
+    """Accuracy of each row by pairs; rows without state of fixed size know everything unless said otherwise."""
+    known: dict[str, Callable[[int], float]] = {**RECALLED, **rows}
+    return lambda row, length, pairs: known[row](pairs)
+
+
+def test_a_fixed_state_that_loses_pairs_is_said_to_and_growing_caches_not(make_run: MakeRun) -> None:
+    text = told(with_accuracy(make_run(rows=ROWS), recalls(window=lambda pairs: 1 - pairs / 50)))
+    assert (
+        f"States of fixed size lose recall {SPAN}: Sliding window (64 KiB, 92 % to 36 %). Caches that grow lose nothing "
+        "beyond the noise: MHA (256 KiB), GQA (128 KiB) and Strided (256 KiB)." in text
+    )
+    assert "recall of 32 pairs cannot be distinguished from the best is that of GQA (128 KiB)" in text
+
+
+def test_a_loss_within_the_noise_is_none(make_run: MakeRun) -> None:
+    inside = told(with_accuracy(make_run(rows=ROWS), recalls(window=lambda pairs: 0.99 if pairs == 4 else 0.90)))
+    assert f"No state of fixed size loses recall beyond the noise {SPAN}: Sliding window (64 KiB)." in inside
+    assert "lose recall" not in inside
+    beyond = told(with_accuracy(make_run(rows=ROWS), recalls(window=lambda pairs: 0.99 if pairs == 4 else 0.88)))
+    assert "States of fixed size lose recall" in beyond
+
+
+def test_a_growing_cache_that_loses_too_is_named(make_run: MakeRun) -> None:
+    falling = lambda pairs: 1 - pairs / 50  # noqa: E731
+    text = told(with_accuracy(make_run(rows=ROWS), recalls(window=falling, strided=falling)))
+    assert "Of the caches that grow, these lose too: Strided (256 KiB, 92 % to 36 %)." in text
+    assert "Caches that grow lose nothing" not in text
+
+
+def test_a_fixed_state_that_only_guesses_says_nothing_about_pairs(make_run: MakeRun) -> None:
+    rows = (*ROWS, "window_sinks")
+    accuracy = recalls(window=lambda pairs: 1.2 / pairs, window_sinks=lambda pairs: 1 - pairs / 50)
+    text = told(with_accuracy(make_run(rows=rows), accuracy))
+    assert f"States of fixed size lose recall {SPAN}: Window + 4 first tokens (68 KiB," in text
+    assert (
+        "From the fixed state of Sliding window (64 KiB) not even 4 pairs are recalled better than by a guess" in text
+    )
+    only = told(with_accuracy(make_run(rows=ROWS), accuracy))
+    assert "lose recall" not in only
+    assert "lose nothing beyond the noise" not in only
+
+
+def test_without_bytes_of_state_or_fixed_ones_nothing_is_said_of_them(make_run: MakeRun) -> None:
+    lines = make_run(rows=ROWS)
+    bare = [
+        line | {"points": [{k: v for k, v in p.items() if k != "state_bytes"} for p in line["points"]]}
+        if line["kind"] == "task"
+        else line
+        for line in lines
+    ]
+    assert "of fixed size" not in told(bare)
+    assert "of fixed size" not in told(make_run(rows=("mha", "gqa")))
+
+
+def test_the_layers_of_a_hybrid_are_told_where_models_differ(make_run: MakeRun) -> None:
+    lines = make_run(rows=("mha", "window"))
+    short, long = ["window", "mha"], ["window"] * 5 + ["mha"]
+    mixed = [
+        line | {"layers": long if line["kind"] == "text" else short}
+        if line.get("row") == "window" and line["kind"] in ("text", "task", "speed")
+        else line
+        for line in lines
+    ]
+    text = told(mixed)
+    layers = "5 window and 1 mha for the text; 1 window and 1 mha for the tasks and timing"
+    assert f"The layers of Sliding window were {layers}." in text
+
+
 def test_what_nobody_learned_tells_nothing(make_run: MakeRun) -> None:
     lines = with_accuracy(make_run(rows=ROWS), lambda row, length, pairs: 0.5 if row == "mha" else 0.1)
     text = told(lines)
