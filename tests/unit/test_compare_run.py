@@ -42,7 +42,7 @@ if __name__ == "__main__":
     plan = SpeedPlan(60_000, width=64, heads=2, window=16, prompt=64, contexts=(64, 128), rounds=2, steps=4)
     text, out, *flags = sys.argv[1:]
     options = CompareOptions(
-        text=(Path(text),), quick=True, mechanisms=("mha", "window"), out=Path(out),
+        text=(Path(text),), quick=True, mechanisms=("mha", "window", "window_5_1"), out=Path(out),
         resume="resume" in flags, json="json" in flags,
     )
     runner.run_setup(options, setup, plan)
@@ -112,6 +112,21 @@ def test_speed_lines_say_what_ran_and_what_the_cache_takes(finished: tuple[Path,
         assert line["cache_allocated"] == line["cache_predicted"]
     assert speed["mha"]["cache_bytes_per_token"] * 128 == speed["mha"]["cache_allocated"]
     assert speed["window"]["cache_bytes_per_token"] == 0
+
+
+def test_a_hybrid_says_what_its_layers_were_and_every_exam_the_bytes_of_its_state(finished: tuple[Path, str]) -> None:
+    found = [line for line in lines(finished[0]) if line.get("row") == "window_5_1"]
+    assert [line["title"] for line in found if line["kind"] == "mask"] == [
+        f"layer {layer}: Window 5 : 1 full" for layer in (1, 2)
+    ]
+    assert all(line["layers"] == ["window", "mha"] for line in found if line["kind"] != "mask")
+    (recall,) = (line for line in found if line.get("task") == "recall")
+    token = 2 * 32 * 4  # a key and a value of width 32 in float32
+    assert {point["state_bytes"] for point in recall["points"]} == {(8 + 32) * token}
+    assert recall["state_bytes_per_token"] == token
+    (window,) = (line for line in lines(finished[0]) if line.get("row") == "window" and line.get("task") == "recall")
+    assert window["state_bytes_per_token"] == 0
+    assert "layers" not in window
 
 
 def test_people_see_masks_progress_the_table_and_where_the_report_is(finished: tuple[Path, str]) -> None:

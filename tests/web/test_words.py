@@ -156,8 +156,8 @@ def recalls(**rows: Callable[[int], float]) -> Callable[[str, int, int], float]:
 def test_a_fixed_state_that_loses_pairs_is_said_to_and_growing_caches_not(make_run: MakeRun) -> None:
     text = told(with_accuracy(make_run(rows=ROWS), recalls(window=lambda pairs: 1 - pairs / 50)))
     assert (
-        f"States of fixed size lose recall {SPAN}: Sliding window (64 KiB, 92 % to 36 %). Caches that grow lose nothing "
-        "beyond the noise: MHA (256 KiB), GQA (128 KiB) and Strided (256 KiB)." in text
+        f"States of fixed size lose recall {SPAN}: Sliding window (64 KiB, 92 % to 36 %). Caches that grow lose "
+        "nothing beyond the noise: MHA (256 KiB), GQA (128 KiB) and Strided (256 KiB)." in text
     )
     assert "recall of 32 pairs cannot be distinguished from the best is that of GQA (128 KiB)" in text
 
