@@ -13,7 +13,7 @@ from attnkit.compare import measure, rows
 from attnkit.models.decoder import Decoder, DecoderConfig, match_parameters, parameters
 from attnkit.models.hybrids import HYBRIDS, Hybrid, at, mixer
 from attnkit.spec import LayerPlace
-from attnkit.state import KVState, LayeredState, RecurrentState, RewrittenState, TokenState, WindowState
+from attnkit.state import KVState, LayeredState, RecurrentState, RewrittenState, State, TokenState, WindowState
 
 VOCAB, WIDTH, HEADS, WINDOW = 50, 32, 4, 4
 PATTERNS = {
@@ -94,6 +94,28 @@ def test_a_crop_that_one_layer_refuses_changes_none() -> None:
     assert [layer.length for layer in state.layers] == [12] * 3
     after, _ = model.step(given[:, 12:], state)
     assert (after - model(given)[:, 12:]).abs().max() < 1e-10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [row.name for row in rows.known() if not row.hybrid])
+def test_a_copy_of_no_sequences_refuses_what_its_state_refuses(name: str) -> None:
+    """What ``LayeredState.crop`` asks before it crops: so a state's refusal may depend on lengths only."""
+    (row,) = rows.select([name])
+    layer = row.layer(LayerPlace(WIDTH, HEADS, WINDOW))
+    _, state = layer.step(torch.randn(2, 12, WIDTH), layer.state(2, 14))
+    empty = state.select(torch.arange(0))
+    for length in (13, 12, 11, 6, 1, 0):
+        assert _cropped(empty.fork(), length) == _cropped(state.fork(), length)
+
+
+def _cropped(state: State, length: int) -> int | str:
+    """The length after a crop, or why it was refused."""
+    try:
+        state.crop(length)
+    except (ValueError, NotImplementedError) as refusal:
+        return str(refusal)
+    state.check()
+    return state.length
 
 
 STATES: dict[str, Callable[[], object]] = {

@@ -136,6 +136,13 @@ def test_a_window_that_loses_with_length_is_explained_by_distance(make_run: Make
     assert "comes with distance" not in always
 
 
+def test_a_fixed_state_without_a_mask_is_not_said_to_hold_keys(make_run: MakeRun) -> None:
+    lines = with_accuracy(make_run(rows=("mha", "window")), lambda row, *_: 0.3 if row == "window" else 0.99)
+    text = told([line for line in lines if line["kind"] != "mask"])
+    assert "The state of window has a fixed size, which all that was read has to share." in text
+    assert "number of keys" not in text
+
+
 def test_a_mask_that_hides_keys_is_named_as_cause_only_where_it_hides_them(make_run: MakeRun) -> None:
     lines = with_accuracy(make_run(rows=("mha", "gqa", "strided")), lambda row, *_: 0.99 if row == "mha" else 0.4)
     text = told(lines)

@@ -219,13 +219,16 @@ def _distance(results: Results, task: str, place: Place, behind: Sequence[Row]) 
 
 def _causes(behind: Sequence[Row]) -> list[str]:
     """Why rows fall behind, where their caches and masks show it."""
-    fixed = [row for row in behind if _fixed(row)]
+    fixed = [row for row in behind if _fixed(row) and row.looks_past]
+    sums = [row for row in behind if _fixed(row) and not row.looks_past]
     hiding = [row for row in behind if row.looks_past and not _fixed(row)]
     said = []
     if fixed:
         said.append(
             f"The cache of {_labels(fixed)} holds a fixed number of keys, so what lies further back has left it."
         )
+    if sums:
+        said.append(f"The state of {_labels(sums)} has a fixed size, which all that was read has to share.")
     if hiding:
         said.append(
             f"By their masks the queries of {_labels(hiding)} miss some of the earlier keys; what they miss can only "
@@ -255,7 +258,7 @@ def _on_decoding(results: Results) -> str | None:
         if growing:
             times = joined([f"{row.label} {units.rounded(growth[row.id], 2)}" for row in growing])
             said.append(f"The time of a decoded token grows {span} by these factors: {times}.")
-            fixed = ", where the cache holds a fixed number of keys" if all(_fixed(row) for row in flat) else ""
+            fixed = ", where the cache does not grow either" if all(_fixed(row) for row in flat) else ""
             said += [f"It does not grow beyond the noise for {_labels(flat)}{fixed}."] if flat else []
         else:
             said.append(f"The time of a decoded token does not grow beyond the noise {span}, whatever the row.")
