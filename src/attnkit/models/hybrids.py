@@ -35,7 +35,7 @@ HYBRIDS = (
         "Qwen3-Next, 2025",
         ("delta/gated_deltanet",) * 3 + ("gated/gate_channels",),
     ),
-    Hybrid("kda_3_1", "Kimi Delta 3 : 1 MLA", "arXiv 2510.26692", ("delta/kda",) * 3 + ("mla/mla",)),
+    Hybrid("kda_3_1", "Kimi Delta 3 : 1 MLA", "arXiv 2510.26692", ("delta/kda",) * 3 + ("mla/mla_nope",)),
     Hybrid("lightning_7_1", "Lightning 7 : 1 GQA", "arXiv 2501.08313", ("retention/lightning",) * 7 + ("softmax/gqa",)),
     Hybrid("csa_hca", "CSA and HCA in turn", "DeepSeek-V4, 2026", ("compressed/csa", "compressed/hca")),
 )
