@@ -25,18 +25,18 @@ SHORT = 8192
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of layer: a preset, ``mechanism/preset``, whose configuration gets the model's ``settings``."""
+    """A kind of layer: a preset, ``mechanism/preset``, of so many heads, whose configuration gets the ``settings``."""
 
     preset: str
+    heads: int
     settings: dict[str, Any]
 
     def make(self, width: int, layers: int) -> Callable[[int], nn.Module]:
         ((spec, preset),) = registry.presets(self.preset)
 
         def mixer(layer: int) -> nn.Module:
-            # Sizes of the place are stand-ins that any preset accepts; the settings say the real ones.
-            config = preset.configure(LayerPlace(256, 4, layer=layer, layers=layers))
-            made: nn.Module = spec.layer(replace(config, width=width, **self.settings))
+            config = preset.configure(LayerPlace(width, self.heads, layer=layer, layers=layers))
+            made: nn.Module = spec.layer(replace(config, **self.settings))
             return made
 
         return mixer
@@ -56,22 +56,22 @@ class Published:
     fixed: int
 
 
-LLAMA = Kind("softmax/gqa", {"heads": 32, "kv_heads": 8, "rotary": Rotary(128, base=5e5)})
-MISTRAL = Kind("softmax/gqa", {"heads": 32, "kv_heads": 8, "rotary": Rotary(128), "mask": window(4096)})
-LATENT = {"heads": 128, "latent": 512, "query_latent": 1536, "nope_size": 128, "rope_size": 64, "value_size": 128}
+LLAMA = Kind("softmax/gqa", 32, {"kv_heads": 8, "rotary": Rotary(128, base=5e5)})
+MISTRAL = Kind("softmax/gqa", 32, {"kv_heads": 8, "rotary": Rotary(128), "mask": window(4096)})
+LATENT: dict[str, Any] = {"latent": 512, "query_latent": 1536, "nope_size": 128, "rope_size": 64, "value_size": 128}
 LATENT |= {"rotary": Rotary(64, style="interleaved")}
-MINIMAX = Kind("softmax/gqa", {"heads": 64, "kv_heads": 8, "head_size": 128, "rotary": Rotary(128, base=1e7)})
-LIGHTNING = Kind("retention/lightning", {"heads": 64, "key_size": 128, "value_size": 128})
-QWEN = Kind("gated/gate_channels", {"heads": 16, "kv_heads": 2, "head_size": 256, "rotary": Rotary(256, base=1e7)})
-GATED_DELTA = Kind("delta/gated_deltanet", {"heads": 32, "key_heads": 16, "key_size": 128, "value_size": 128})
+MINIMAX = Kind("softmax/gqa", 64, {"kv_heads": 8, "head_size": 128, "rotary": Rotary(128, base=1e7)})
+LIGHTNING = Kind("retention/lightning", 64, {"head_size": 128})
+QWEN = Kind("gated/gate_channels", 16, {"kv_heads": 2, "head_size": 256, "rotary": Rotary(256, base=1e7)})
+GATED_DELTA = Kind("delta/gated_deltanet", 32, {"key_heads": 16, "key_size": 128, "value_size": 128})
 
 
 def v4(kind: str, heads: int, rank: int, top: int) -> Kind:
     """A layer of DeepSeek-V4: one vector of 512 channels a token, entries for 4 tokens (CSA) or 128 (HCA)."""
-    settings = {"heads": heads, "kind": kind, "head_size": 512, "query_rank": rank, "groups": heads // 8, "top": top}
+    settings = {"kind": kind, "head_size": 512, "query_rank": rank, "groups": heads // 8, "top": top}
     settings |= {"output_rank": 1024, "window": 128, "rotary": Rotary(64, style="interleaved")}
     index = {"index_heads": 64, "index_size": 128}
-    return Kind("compressed/csa", settings | index | {"rate": {"csa": 4, "hca": 128}.get(kind)})
+    return Kind("compressed/csa", heads, settings | index | {"rate": {"csa": 4, "hca": 128}.get(kind)})
 
 
 # Bytes of a layer of V4: the ring of the window, and tokens that wait for their entry with a value and a gate each. CSA
@@ -85,11 +85,11 @@ PRO = {kind: v4(kind, 128, 1536, 1024) for kind in ("csa", "hca")}
 MODELS = (
     Published("Llama-3-8B", 4096, (LLAMA,) * 32, token=32 * 2 * 8 * 128 * 2, fixed=0),
     Published("Mistral-7B", 4096, (MISTRAL,) * 32, token=0, fixed=32 * 2 * 8 * 128 * 2 * 4096),
-    Published("DeepSeek-V3", 7168, (Kind("mla/mla_rope", LATENT),) * 61, token=61 * 576 * 2, fixed=0),
+    Published("DeepSeek-V3", 7168, (Kind("mla/mla_rope", 128, LATENT),) * 61, token=61 * 576 * 2, fixed=0),
     Published(
         "DeepSeek-V3.2",
         7168,
-        (Kind("dsa/dsa_lightning", LATENT | {"index_heads": 64, "index_size": 128, "top": 2048}),) * 61,
+        (Kind("dsa/dsa_lightning", 128, LATENT | {"index_heads": 64, "index_size": 128, "top": 2048}),) * 61,
         token=61 * (576 + 128) * 2,
         fixed=0,
     ),

@@ -24,8 +24,8 @@ class Kept:
     fixed: bool
     few: Sample
     many: Sample
-    recalls: bool
-    """Few pairs are answered better than by guessing among their values, beyond the noise."""
+    learned: bool
+    """Few pairs are recalled, so that more of them can show what the state holds."""
     falls: bool
     """Recall of many pairs is worse than of few, beyond the noise."""
 
@@ -70,15 +70,13 @@ def recall(results: Results) -> Recall | None:
 
 
 def _kept(row: Row, few: Measure, many: Measure) -> Kept | None:
-    assert few.place is not None and many.place is not None
+    assert many.place is not None
     size = row.state_bytes("recall", many.place)
     if size is None or row.id not in few.samples or row.id not in many.samples:
         return None
     easy, hard = few.samples[row.id], many.samples[row.id]
-    guessed = Sample((1 / few.place.pairs,) * len(easy.values))
-    recalls = easy.mean > guessed.mean and few.noise.separates(easy, guessed)
     falls = easy.mean > hard.mean and few.noise.separates(easy, hard) and many.noise.separates(easy, hard)
-    return Kept(row, size, row.fixed("recall"), easy, hard, recalls, falls)
+    return Kept(row, size, row.fixed("recall"), easy, hard, easy.mean >= LEARNED, falls)
 
 
 def paragraph(results: Results) -> str | None:
@@ -88,8 +86,8 @@ def paragraph(results: Results) -> str | None:
         return None
     few, many = found.places
     span = f"from {few.pairs} to {many.pairs} pairs in {many.length} tokens"
-    fixed = [kept for kept in found.rows if kept.fixed and kept.recalls]
-    growing = [kept for kept in found.rows if not kept.fixed and kept.recalls]
+    fixed = [kept for kept in found.rows if kept.fixed and kept.learned]
+    growing = [kept for kept in found.rows if not kept.fixed and kept.learned]
     lost, kept_up = _split(fixed)
     said = []
     if lost:
@@ -101,13 +99,13 @@ def paragraph(results: Results) -> str | None:
         said.append(f"No state of fixed size loses recall beyond the noise {span}: {_named(kept_up)}.")
     if fixed and growing:
         falling, steady = _split(growing)
-        said += [f"Caches that grow lose nothing beyond the noise: {_named(steady)}."] if not falling else []
-        said += [f"Of the caches that grow, these lose too: {joined([k.fall for k in falling])}."] if falling else []
-    blind = [kept for kept in found.rows if kept.fixed and not kept.recalls]
-    if blind:
+        said += [f"Growing caches that lose nothing beyond the noise: {_named(steady)}."] if steady else []
+        said += [f"Growing caches that lose too: {joined([kept.fall for kept in falling])}."] if falling else []
+    unlearned = [kept for kept in found.rows if kept.fixed and not kept.learned]
+    if unlearned:
         said.append(
-            f"From the fixed state of {_named(blind)} not even {few.pairs} pairs are recalled better than by a guess, "
-            "so there the number of pairs shows nothing."
+            f"Not even {few.pairs} pairs are recalled from the fixed state of {_named(unlearned)}, so that more pairs do "
+            "not show what it holds."
         )
     return " ".join([*said, *_smallest(found), _counted(found)])
 
