@@ -13,6 +13,7 @@ from attnkit import bench, native
 from attnkit.cli import app, explain
 from attnkit.dispatch import decide
 from attnkit.masks.text import CONSTRUCTORS, parse
+from attnkit.models.hybrids import HYBRIDS
 from attnkit.positions import alibi_slopes
 from attnkit.registry import mechanisms
 
@@ -46,6 +47,7 @@ def test_list_shows_every_mechanism_preset_and_backend(run: Any) -> None:
         assert spec.title in text and spec.equation in text
         assert all(preset.title in text for preset in spec.presets)
         assert all(backend.name in text for backend in spec.backends)
+    assert all((hybrid.name in text) == hybrid.installed for hybrid in HYBRIDS)
 
 
 def test_list_for_machines(run: Any) -> None:

@@ -191,7 +191,7 @@ def test_a_fixed_state_that_did_not_learn_says_nothing_about_pairs(make_run: Mak
     accuracy = recalls(window=lambda pairs: 0.94 - pairs / 50, window_sinks=falling)
     text = told(with_accuracy(make_run(rows=rows), accuracy))
     assert f"States of fixed size lose recall {SPAN}: Window + 4 first tokens (68 KiB," in text
-    assert "Not even 4 pairs are recalled from the fixed state of Sliding window (64 KiB), so that" in text
+    assert "Not even 4 pairs are recalled from the fixed state of Sliding window (64 KiB), so" in text
     only = told(with_accuracy(make_run(rows=ROWS), accuracy))
     assert "lose recall" not in only
     assert "lose nothing" not in only

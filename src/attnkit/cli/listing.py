@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from attnkit.cli.output import Json, console, emit, table
+from attnkit.models.hybrids import HYBRIDS
 from attnkit.registry import mechanisms
 from attnkit.spec import Mechanism, Sizes
 
@@ -14,7 +15,7 @@ COSTED = Sizes(b=1, h=8, g=8, m=4096, n=4096, d=64, e=64)
 
 
 def verb(json: Json = False) -> None:
-    """List the mechanisms, what each computes, its backends and its presets.
+    """List the mechanisms, what each computes, its backends and its presets; and the hybrids of presets.
 
     A mechanism is one equation. A preset is a mechanism with settings: MQA is softmax attention with one KV head.
 
@@ -39,6 +40,11 @@ def verb(json: Json = False) -> None:
             out.print()
             out.print(rows)
         out.print()
+    rows = table("hybrid", "layers in turn", "source")
+    for hybrid in (hybrid for hybrid in HYBRIDS if hybrid.installed):
+        rows.add_row(hybrid.name, hybrid.layers, hybrid.paper)
+    out.print(rows)
+    out.print()
     out.print("attnkit explain NAME tells more about one; attnkit compare trains and times them.")
 
 

@@ -22,6 +22,12 @@ class Hybrid:
     pattern: tuple[str, ...]
 
     @property
+    def layers(self) -> str:
+        """What it is made of: ``5 window : 1 mha``."""
+        names = [name.partition("/")[2] for name in self.pattern]
+        return " : ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+
+    @property
     def installed(self) -> bool:
         """Whether every mechanism that it is made of is there."""
         return all(registry.presets(name) for name in self.pattern)

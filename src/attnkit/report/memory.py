@@ -104,7 +104,7 @@ def paragraph(results: Results) -> str | None:
     unlearned = [kept for kept in found.rows if kept.fixed and not kept.learned]
     if unlearned:
         said.append(
-            f"Not even {few.pairs} pairs are recalled from the fixed state of {_named(unlearned)}, so that more pairs do "
+            f"Not even {few.pairs} pairs are recalled from the fixed state of {_named(unlearned)}, so more pairs do "
             "not show what it holds."
         )
     return " ".join([*said, *_smallest(found), _counted(found)])
