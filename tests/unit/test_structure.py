@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A module imports from its own group and from those before it.
 GROUPS = (
-    ("spec", "dispatch", "shapes", "masks", "positions", "noise", "blocks", "convolution"),
+    ("spec", "dispatch", "shapes", "masks", "positions", "noise", "blocks", "convolution", "recurrence"),
     ("state", "native", "gpu"),
     ("mechanisms",),
     ("registry",),
