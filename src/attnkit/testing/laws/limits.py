@@ -140,7 +140,8 @@ def extremes(spec: Mechanism, backend: str, rng: random.Random) -> None:
         runs.assert_matches(spec, "reference", arguments)
     except AssertionError:
         for found, true in zip(run(spec, backend, arguments), runs.gold(spec, arguments), strict=True):
-            assert torch.equal(found.isfinite(), true.isfinite()), "not finite where the definition is"
+            # A sum that no weights divide may be finite and still more than the result's dtype can say.
+            assert torch.equal(found.isfinite(), true.to(found.dtype).isfinite()), "not finite where the definition is"
     else:
         assert_matches(spec, backend, arguments)
 
