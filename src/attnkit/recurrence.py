@@ -141,90 +141,91 @@ def _prepared(
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """One chunk's queries (b, g, r, s, d), scaled, its keys, values and sums of decays (b, g, s, 1 or d).
+class _Tile:
+    """Tokens ``start`` to ``end`` of a chunk, and what is left of other tokens at each of them.
 
-    The sums are float64: of large sums the differences are needed, and those of tokens after a closed gate are small.
+    ``fade`` (b, g, s, s, 1 or d) is of earlier tokens of the tile, 0 for those that are not earlier. Of what was there
+    before the tile, ``kept`` (b, g, s, d) is left; of the chunk's tokens before it, ``left`` (b, g, start, d) at its
+    start. A tile that is the whole chunk has no such tokens.
+    """
+
+    start: int
+    end: int
+    fade: Tensor
+    kept: Tensor | None
+    left: Tensor | None
+
+    @classmethod
+    def of(cls, total: Tensor, start: int, end: int, work: torch.dtype) -> _Tile:
+        mine = total[:, :, start:end]
+        later = torch.ones(end - start, end - start, dtype=torch.bool, device=total.device).tril(-1)[..., None]
+        fade = (mine[:, :, :, None] - mine[:, :, None]).masked_fill(~later, -torch.inf).to(work).exp()
+        if not start:
+            return cls(start, end, fade, None, None)
+        base = total[:, :, start - 1 : start]
+        return cls(start, end, fade, (mine - base).to(work).exp(), (base - total[:, :, :start]).to(work).exp())
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One chunk's queries (b, g, r, s, d), scaled, its keys and values, and what its decays leave of what.
+
+    Of the state before the chunk ``from_start`` (b, g, s, 1 or d) is left at each token and ``through`` (b, g, 1 or d,
+    1) at the end, and of each token ``to_end`` (b, g, s, 1 or d).
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    total: Tensor
+    from_start: Tensor
+    to_end: Tensor
+    through: Tensor
+    tiles: list[_Tile]
 
     @classmethod
     def of(
         cls, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, work: torch.dtype, span: tuple[int, int]
     ) -> _Chunk:
-        rows = slice(*span)
+        rows, s = slice(*span), span[1] - span[0]
+        # Of large sums the differences are needed, and those of tokens after a closed gate are small: hence float64.
         total = decay[:, :, rows].double().cumsum(2)
-        return cls(q[:, :, :, rows].to(work) * scale, k[:, :, rows].to(work), v[:, :, rows].to(work), total)
-
-    @property
-    def from_start(self) -> Tensor:
-        """What is left at each token of the state before the chunk."""
-        return self.total.to(self.k.dtype).exp()
-
-    @property
-    def to_end(self) -> Tensor:
-        """What is left of each token at the chunk's end."""
-        return (self.total[:, :, -1:] - self.total).to(self.k.dtype).exp()
-
-    @property
-    def through(self) -> Tensor:
-        """What is left at the chunk's end of the state before it (b, g, 1 or d, 1)."""
-        return self.total[:, :, -1:].to(self.k.dtype).exp().mT
-
-    def fade(self, start: int, end: int) -> Tensor:
-        """What is left of token ``j`` at a later ``i`` of its tile: (b, g, s, s, 1 or d), 0 where it is not later."""
-        tile = self.total[:, :, start:end]
-        later = torch.ones(end - start, end - start, dtype=torch.bool, device=tile.device).tril(-1)[..., None]
-        return (tile[:, :, :, None] - tile[:, :, None]).masked_fill(~later, -torch.inf).to(self.k.dtype).exp()
-
-    def tiles(self) -> list[tuple[int, int]]:
-        """The chunk as it is, or where channels have decays of their own, tiles of it."""
-        s = self.k.shape[2]
-        return spans(s, TILE if self.total.shape[3] > 1 else s)
-
-    def around(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """What a tile's tokens keep of its start (b, g, s, d), and what is left there of all tokens before it."""
-        base, tile, before = self.total[:, :, start - 1 : start], self.total[:, :, start:end], self.total[:, :, :start]
-        return (tile - base).to(self.k.dtype).exp(), (base - before).to(self.k.dtype).exp()
+        last = total[:, :, -1:]
+        tiles = [_Tile.of(total, *part, work) for part in spans(s, TILE if total.shape[3] > 1 else s)]
+        q, k, v = q[:, :, :, rows].to(work) * scale, k[:, :, rows].to(work), v[:, :, rows].to(work)
+        return cls(q, k, v, total.to(work).exp(), (last - total).to(work).exp(), last.to(work).exp().mT, tiles)
 
     def weights(self) -> Tensor:
         """Products of queries and faded earlier keys (b, g, r, s, s), without a token's own key."""
         rows = []
-        for start, end in self.tiles():
-            q, k, fade = self.q[:, :, :, start:end], self.k[:, :, start:end], self.fade(start, end)
-            if fade.shape[4] == 1:
-                near = (q @ k[:, :, None].mT).tril(-1) * fade[:, :, None, ..., 0]
+        for tile in self.tiles:
+            q, k = self.q[:, :, :, tile.start : tile.end], self.k[:, :, tile.start : tile.end]
+            if tile.fade.shape[4] == 1:
+                found = (q @ k[:, :, None].mT).tril(-1) * tile.fade[:, :, None, ..., 0]
             else:
-                near = ((k[:, :, None] * fade)[:, :, None] @ q[..., None])[..., 0]
-            if start:
-                kept, left = self.around(start, end)
-                far = (q * kept[:, :, None]) @ (self.k[:, :, :start] * left)[:, :, None].mT
-                near = torch.cat([far, near], -1)
-            rows.append(torch.nn.functional.pad(near, (0, self.k.shape[2] - end)))
+                found = ((k[:, :, None] * tile.fade)[:, :, None] @ q[..., None])[..., 0]
+            if tile.kept is not None and tile.left is not None:
+                far = (q * tile.kept[:, :, None]) @ (self.k[:, :, : tile.start] * tile.left)[:, :, None].mT
+                found = torch.cat([far, found], -1)
+            rows.append(torch.nn.functional.pad(found, (0, self.k.shape[2] - tile.end)))
         return torch.cat(rows, 3)
 
     def slopes(self, slope: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of queries (b, g, r, s, d) and keys (b, g, s, d) for that of ``weights()``."""
         dq, dk = torch.zeros_like(self.q), torch.zeros_like(self.k)
-        for start, end in self.tiles():
-            q, k, fade = self.q[:, :, :, start:end], self.k[:, :, start:end], self.fade(start, end)
-            near = slope[:, :, :, start:end, start:end]
-            if fade.shape[4] == 1:
-                near = near * fade[:, :, None, ..., 0]
-                dq[:, :, :, start:end] += near @ k[:, :, None]
-                dk[:, :, start:end] += (near.mT @ q).sum(2)
+        for tile in self.tiles:
+            rows, before = slice(tile.start, tile.end), slice(tile.start)
+            q, k, near = self.q[:, :, :, rows], self.k[:, :, rows], slope[:, :, :, rows, rows]
+            if tile.fade.shape[4] == 1:
+                near = near * tile.fade[:, :, None, ..., 0]
+                dq[:, :, :, rows] += near @ k[:, :, None]
+                dk[:, :, rows] += (near.mT @ q).sum(2)
             else:
-                dq[:, :, :, start:end] += (near[..., None, :] @ (k[:, :, None] * fade)[:, :, None])[..., 0, :]
-                dk[:, :, start:end] += ((near[..., None] * q[..., None, :]).sum(2) * fade).sum(2)
-            if start:
-                kept, left = self.around(start, end)
-                far = slope[:, :, :, start:end, :start]
-                dq[:, :, :, start:end] += (far @ (self.k[:, :, :start] * left)[:, :, None]) * kept[:, :, None]
-                dk[:, :, :start] += (far.mT @ (q * kept[:, :, None])).sum(2) * left
+                dq[:, :, :, rows] += (near[..., None, :] @ (k[:, :, None] * tile.fade)[:, :, None])[..., 0, :]
+                dk[:, :, rows] += ((near[..., None] * q[..., None, :]).sum(2) * tile.fade).sum(2)
+            if tile.kept is not None and tile.left is not None:
+                kept, far = tile.kept[:, :, None], slope[:, :, :, rows, before]
+                dq[:, :, :, rows] += (far @ (self.k[:, :, before] * tile.left)[:, :, None]) * kept
+                dk[:, :, before] += (far.mT @ (q * kept)).sum(2) * tile.left
         return dq, dk
 
 
@@ -232,7 +233,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, scale: float, keep_states: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Results (b, g, r, n, e), the state at the end, and those at the start of every chunk, if they are to be kept."""
-    n, blocks = k.shape[2], spans(k.shape[2], CHUNK)
+    blocks = spans(k.shape[2], CHUNK)
     o = q.new_empty(*q.shape[:4], v.shape[3])
     states = state.new_empty(len(blocks) if keep_states else 0, *state.shape)
     for i, span in enumerate(blocks):
@@ -243,7 +244,6 @@ def _forward(
         inside = c.weights() @ c.v[:, :, None] + own
         o[:, :, :, slice(*span)] = (c.q * c.from_start[:, :, None]) @ state[:, :, None] + inside
         state = c.through * state + (c.k * c.to_end).mT @ c.v
-    assert blocks[-1][1] == n
     return o, state, states
 
 

@@ -144,8 +144,8 @@ def minimax() -> Any:
     return model
 
 
-def heard(model: Any, *calls: dict[str, Any]) -> dict[int, list[tuple[Tensor, Tensor]]]:
-    """What went into each lightning layer and what came out, call by call."""
+def heard(model: Any, *calls: dict[str, Any]) -> tuple[dict[int, list[tuple[Tensor, Tensor]]], Any]:
+    """What went into each lightning layer and what came out, call by call, and the cache after the last."""
     found: dict[int, list[tuple[Tensor, Tensor]]] = {0: [], 2: []}
     hooks = [
         model.model.layers[at].self_attn.register_forward_hook(
@@ -160,7 +160,7 @@ def heard(model: Any, *calls: dict[str, Any]) -> dict[int, list[tuple[Tensor, Te
             cache = model(**call, past_key_values=cache, use_cache=True).past_key_values
     for hook in hooks:
         hook.remove()
-    return found
+    return found, cache
 
 
 def assert_same_layer(layer: RetentionAttention, x: Tensor, found: Tensor, theirs: Tensor) -> None:
@@ -179,10 +179,11 @@ def test_weights_of_minimax_give_its_outputs(minimax: Any, at: int) -> None:
     weights = minimax.model.layers[at].self_attn.state_dict()
     layer = RetentionAttention.from_minimax(weights, heads=4, layer=at, layers=3)
     tokens = torch.randint(3, 99, (2, 21), generator=torch.Generator().manual_seed(1))
-    ((x, theirs),) = heard(minimax, {"input_ids": tokens})[at]
+    ((x, theirs),) = heard(minimax, {"input_ids": tokens})[0][at]
     with torch.no_grad():
         assert_same_layer(layer, x, layer(x), theirs)
-    parts = heard(minimax, *({"input_ids": part} for part in tokens.split([5, *[1] * 16], 1)))[at]
+    found, cache = heard(minimax, *({"input_ids": part} for part in tokens.split([5, *[1] * 16], 1)))
+    parts = found[at]
     state, rows = layer.state(2, 21), []
     with torch.no_grad():
         for part, _ in parts:
@@ -190,13 +191,15 @@ def test_weights_of_minimax_give_its_outputs(minimax: Any, at: int) -> None:
             rows.append(y)
     inputs, theirs = (torch.cat(side, 1) for side in zip(*parts, strict=True))
     assert_same_layer(layer, inputs, torch.cat(rows, 1), theirs)
+    held, kept = state.view()["state"], cache.get_linear_cache(at)
+    assert (held - kept).abs().max() < 1e-6 * kept.abs().max()
 
 
 def test_padding_on_the_left_is_that_of_minimax(minimax: Any) -> None:
     layer = RetentionAttention.from_minimax(minimax.model.layers[0].self_attn.state_dict(), heads=4, layer=0, layers=3)
     tokens = torch.randint(3, 99, (2, 11), generator=torch.Generator().manual_seed(2))
     keep = torch.arange(11) >= torch.tensor([[4], [0]])
-    ((x, theirs),) = heard(minimax, {"input_ids": tokens, "attention_mask": keep.long()})[0]
+    ((x, theirs),) = heard(minimax, {"input_ids": tokens, "attention_mask": keep.long()})[0][0]
     with torch.no_grad():
         found = layer(x, keep=keep)
     assert (found - theirs)[keep].abs().max() < 1e-5 * theirs[keep].abs().max()
@@ -211,6 +214,15 @@ def test_other_weights_are_refused(minimax: Any) -> None:
     del weights["norm.weight"]
     with pytest.raises(ValueError, match="got weights .*, expected .*norm.weight"):
         RetentionAttention.from_minimax(weights, heads=4, layer=0, layers=3)
+
+
+def test_a_state_of_minimax_01_is_as_large_as_predicted() -> None:
+    """64 heads of 128 in float32, at any capacity; built without memory."""
+    with torch.device("meta"):
+        config = RetentionConfig(6144, 64, minimax_decays(64, 0, 80), head_size=128, norm="all", gate="sigmoid")
+        layer = RetentionAttention(config)
+    predicted = layer.cost(1, 1_000_000, dtype=torch.bfloat16).state_bytes(1_000_000)
+    assert predicted == layer.state(1, 1_000_000, dtype=torch.bfloat16, device="meta").nbytes == 4 << 20
 
 
 REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -170,7 +171,7 @@ def sample(
 
 def random_count(d: int) -> int:
     """How many random features the paper takes for ``d`` channels: d ln d."""
-    return max(1, int(d * torch.tensor(float(d)).log()))
+    return max(1, int(d * math.log(d)))
 
 
 def cost(sizes: Sizes, *, feature_map: FeatureMap = "elu", random: int = 0, causal: bool = True) -> Cost:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 FeatureMap = Literal["elu", "relu", "taylor", "favor"]
 MAPS: tuple[FeatureMap, ...] = get_args(FeatureMap)
@@ -96,15 +98,30 @@ def random_features(count: int, size: int, *, seed: int = 0, normed: bool = Fals
     return drawn.float()
 
 
+class Elu(Function):
+    """``elu(x) + 1``, without the cancellation of the 1 for negative numbers, and never below ``e^LOWEST``.
+
+    Its slope is read off its result, which is kept anyway, where autograd would keep every part.
+    """
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clamp(LOWEST, 0).exp_().add_(x.clamp(min=0))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Tensor:
+        found: Tensor = ctx.saved_tensors[0]
+        return slopes[0] * found.clamp(max=1)
+
+
 def _exponents(x: Tensor, projection: Tensor) -> Tensor:
     """Logarithms of the positive random features of ``x`` at the scale of softmax attention; 1 / sqrt(f) cancels."""
     x = x * x.shape[-1] ** -0.25
     return x @ projection.to(x.dtype).T - x.square().sum(-1, keepdim=True) / 2
-
-
-def _elu(x: Tensor) -> Tensor:
-    """``elu(x) + 1``, without the cancellation of the 1 for negative numbers, and never below ``e^LOWEST``."""
-    return torch.where(x > 0, x + 1, x.clamp(LOWEST, 0).exp())
 
 
 def _taylor(x: Tensor) -> Tensor:
@@ -114,4 +131,4 @@ def _taylor(x: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(x[..., :1]), x, pairs], -1)
 
 
-MAP = {"elu": _elu, "relu": torch.relu, "taylor": _taylor}
+MAP: dict[str, Callable[[Tensor], Tensor]] = {"elu": Elu.apply, "relu": torch.relu, "taylor": _taylor}
