@@ -40,6 +40,11 @@ TILE = 8
 Form = Callable[..., tuple[Tensor, Tensor]]
 
 
+def exactly(device: torch.device) -> torch.autocast:
+    """Without autocast, which would round each product with a sum over all tokens to half precision."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def recurrent(
     q: Tensor,
     k: Tensor,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnkit import registry
 from attnkit.recurrence import CHUNK, TILE, chunked, parallel, recurrent
 
 FORMS = (recurrent, parallel, chunked)
@@ -155,3 +156,13 @@ def test_second_derivatives_are_refused() -> None:
     (slope,) = torch.autograd.grad(chunked(**inputs)[0].square().sum(), [inputs["q"]], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["linear", "retention", "gla"])
+def test_autocast_rounds_no_sums(name: str) -> None:
+    spec = registry.get(name)
+    for seed in range(3):
+        inputs = spec.sample(seed, dtype=torch.bfloat16)
+        exact = spec.function(**inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(spec.function(**inputs), exact)

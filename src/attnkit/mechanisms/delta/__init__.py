@@ -13,6 +13,7 @@ from attnkit.dispatch import run
 from attnkit.mechanisms.delta import chunk
 from attnkit.mechanisms.delta.reference import forward as reference
 from attnkit.mechanisms.delta.walk import BLOCK
+from attnkit.recurrence import exactly
 from attnkit.spec import Backend, Call, Cost, Laws, LayerPlace, Mechanism, Preset, Sizes
 from attnkit.state import RecurrentState
 
@@ -72,8 +73,7 @@ def delta_attention(
     Source: Yang et al. 2024, arXiv 2406.06484; with decay arXiv 2412.06464 and, a channel, arXiv 2510.26692.
     """
     checked = call(q, k, v, beta, log_decay, state, scale=scale, return_state=return_state)
-    # Autocast would round each product with the state, a sum over all tokens, to half precision.
-    with torch.autocast(q.device.type, enabled=False):
+    with exactly(q.device):
         found: Tensor | tuple[Tensor, Tensor] = run(SPEC, checked, backend)
     return found
 

@@ -12,7 +12,7 @@ from attnkit import shapes
 from attnkit.dispatch import run
 from attnkit.mechanisms.gla import chunk
 from attnkit.mechanisms.gla.reference import forward as reference
-from attnkit.recurrence import CHUNK, TILE
+from attnkit.recurrence import CHUNK, TILE, exactly
 from attnkit.spec import Backend, Cost, Laws, LayerPlace, Mechanism, Preset, Sizes
 from attnkit.state import RecurrentState
 
@@ -55,7 +55,8 @@ def gla_attention(
 
     Source: Yang et al. 2023, arXiv 2312.06635; one gate a token as in Mamba-2, Dao and Gu 2024, arXiv 2405.21060.
     """
-    result: Tensor = run(SPEC, call(q, k, v, log_decay, scale=scale, keep=keep), backend)
+    with exactly(q.device):
+        result: Tensor = run(SPEC, call(q, k, v, log_decay, scale=scale, keep=keep), backend)
     return result
 
 
@@ -100,7 +101,8 @@ def gla_attention_step(
     """
     sizes = _check("gla_attention_step", "m", keep, q=q, k=k, v=v, log_decay=log_decay, state=state)
     scale = sizes["d"] ** -0.5 if scale is None else float(scale)
-    return chunk.step(q, k, v, log_decay, state, scale, keep)
+    with exactly(q.device):
+        return chunk.step(q, k, v, log_decay, state, scale, keep)
 
 
 def _check(where: str, keys: str, keep: Tensor | None, **given: Tensor) -> dict[str, int]:

@@ -14,7 +14,7 @@ from attnkit.dispatch import run
 from attnkit.mechanisms.linear import chunk, maps
 from attnkit.mechanisms.linear.maps import FeatureMap, random_features
 from attnkit.mechanisms.linear.reference import forward as reference
-from attnkit.recurrence import CHUNK
+from attnkit.recurrence import CHUNK, exactly
 from attnkit.spec import Backend, Cost, Laws, LayerPlace, Mechanism, Preset, Sizes
 from attnkit.state import RecurrentState
 
@@ -67,7 +67,10 @@ def linear_attention(
     Source: Katharopoulos et al. 2020, arXiv 2006.16236; Choromanski et al. 2021, arXiv 2009.14794 ("favor");
     Arora et al. 2024, arXiv 2402.18668 ("taylor").
     """
-    result: Tensor = run(SPEC, call(q, k, v, projection, feature_map=feature_map, causal=causal, keep=keep), backend)
+    with exactly(q.device):
+        result: Tensor = run(
+            SPEC, call(q, k, v, projection, feature_map=feature_map, causal=causal, keep=keep), backend
+        )
     return result
 
 
@@ -121,7 +124,8 @@ def linear_attention_step(
     if shapes_held != wanted:
         raise ValueError(f"{where}: held is {shapes_held}, expected {wanted}")
     largest = held["largest"][..., 0] if "largest" in held else None
-    o, state, unit = chunk.step(q, k, v, held["state"], largest, feature_map, projection, keep)
+    with exactly(q.device):
+        o, state, unit = chunk.step(q, k, v, held["state"], largest, feature_map, projection, keep)
     return o, {"state": state} if unit is None else {"state": state, "largest": unit[..., None]}
 
 

@@ -13,7 +13,7 @@ from attnkit.mechanisms.retention import chunk
 from attnkit.mechanisms.retention.decays import minimax_decays, retnet_decays
 from attnkit.mechanisms.retention.reference import forward as reference
 from attnkit.positions import Rotary
-from attnkit.recurrence import CHUNK
+from attnkit.recurrence import CHUNK, exactly
 from attnkit.spec import Backend, Cost, Laws, LayerPlace, Mechanism, Preset, Sizes
 from attnkit.state import RecurrentState
 
@@ -63,7 +63,8 @@ def retention_attention(
 
     Source: Sun et al. 2023, arXiv 2307.08621 (RetNet); Qin et al. 2024, arXiv 2401.04658 (lightning attention).
     """
-    result: Tensor = run(SPEC, call(q, k, v, log_decay, scale=scale, keep=keep), backend)
+    with exactly(q.device):
+        result: Tensor = run(SPEC, call(q, k, v, log_decay, scale=scale, keep=keep), backend)
     return result
 
 
@@ -107,7 +108,8 @@ def retention_attention_step(
     """
     sizes = _check("retention_attention_step", "m", keep, q=q, k=k, v=v, log_decay=log_decay, state=state)
     scale = sizes["d"] ** -0.5 if scale is None else float(scale)
-    return chunk.step(q, k, v, log_decay, state, scale, keep)
+    with exactly(q.device):
+        return chunk.step(q, k, v, log_decay, state, scale, keep)
 
 
 def _check(where: str, keys: str, keep: Tensor | None, **given: Tensor) -> dict[str, int]:
