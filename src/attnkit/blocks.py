@@ -60,3 +60,15 @@ def seen(
     if interval is not None and past - 1 - interval[0] <= low and first + interval[1] >= high - 1:
         return low, high, None
     return low, high, mask.part((first, past), (low, high), device)
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Places of the ``count`` largest of each row, ascending; of equals the first ones."""
+    if scores.shape[-1] <= count:
+        return torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
+    values, place = scores.topk(count + 1)
+    # torch.topk takes any of several equals, which matters when some of them are in and some are not.
+    tied = (values[..., -1] == values[..., -2]) & (values[..., -2] > -torch.inf)
+    if torch.compiler.is_compiling() or bool(tied.any()):
+        place = scores.argsort(dim=-1, descending=True, stable=True)
+    return place[..., :count].sort(-1).values

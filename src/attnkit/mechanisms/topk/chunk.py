@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
+from attnkit.blocks import largest
 from attnkit.masks import Mask
 from attnkit.masks.lowering import grid
 from attnkit.mechanisms.softmax import softmax_attention
@@ -116,7 +117,7 @@ def _best(q: Tensor, k: Tensor, first: int, blocks: list[Keys], wanted: Wanted) 
     for block in blocks[1:]:
         more, keys, visible = _best_of(q, k, first, block, wanted)
         scores, best, seen = torch.cat([scores, more], -1), torch.cat([best, keys], -1), seen + visible
-        place = _largest(scores, wanted.longest)
+        place = largest(scores, wanted.longest)
         scores, best = scores.gather(-1, place), best.gather(-1, place)
     hidden = scores == -torch.inf
     if wanted.density is not None:
@@ -138,20 +139,8 @@ def _best_of(q: Tensor, k: Tensor, first: int, block: Keys, wanted: Wanted) -> t
         keep = wanted.mask.part((first, first + m), (block.low, block.high), q.device)
         scores.masked_fill_(~keep, -torch.inf)
         visible = keep.sum(-1)
-    place = _largest(scores, wanted.longest)
+    place = largest(scores, wanted.longest)
     return scores.gather(-1, place), place + block.low, visible
-
-
-def _largest(scores: Tensor, count: int) -> Tensor:
-    """Places of the ``count`` largest of each row, ascending; of equals the first ones."""
-    if scores.shape[-1] <= count:
-        return torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
-    values, place = scores.topk(count + 1)
-    # torch.topk takes any of several equals, which matters when some of them are in and some are not.
-    tied = (values[..., -1] == values[..., -2]) & (values[..., -2] > -torch.inf)
-    if torch.compiler.is_compiling() or bool(tied.any()):
-        place = scores.argsort(dim=-1, descending=True, stable=True)
-    return place[..., :count].sort(-1).values
 
 
 def _fetched(q: Tensor, k: Tensor, v: Tensor, best: Tensor, bias: Tensor, scale: float) -> Tensor:
