@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attnkit.state.compressed import Closed, CompressedState
 from attnkit.state.kv import KVState
 from attnkit.state.layered import LayeredState, State
 from attnkit.state.pyramid import PyramidState
@@ -13,6 +14,8 @@ from attnkit.state.view import View
 from attnkit.state.window import WindowState
 
 __all__ = [
+    "Closed",
+    "CompressedState",
     "KVState",
     "LayeredState",
     "PyramidState",

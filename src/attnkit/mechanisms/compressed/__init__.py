@@ -1,0 +1,249 @@
+"""Compressed attention (DeepSeek-V4's CSA and HCA): a window of tokens beside entries that each stand for many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkit import shapes
+from attnkit.dispatch import run
+from attnkit.mechanisms.compressed import chunk
+from attnkit.mechanisms.compressed.pooling import check_windows, choose, compress
+from attnkit.mechanisms.compressed.reference import forward as reference
+from attnkit.spec import Backend, Cost, Laws, Mechanism, Sizes
+from attnkit.state import CompressedState
+
+__all__ = [
+    "SPEC",
+    "CompressedAttention",
+    "CompressedConfig",
+    "choose",
+    "compress",
+    "compressed_attention",
+]
+
+
+def compressed_attention(
+    q: Tensor,
+    kv: Tensor,
+    entries: Tensor | None = None,
+    chosen: Tensor | None = None,
+    *,
+    window: int,
+    rate: int | None = None,
+    sink: Tensor | None = None,
+    scale: float | None = None,
+    length: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One softmax over the last ``window`` tokens, the compressed entries of whole windows, and a sink.
+
+    A vector is key and value at once. The query at position ``t`` may see entry ``w``, which stands for tokens
+    ``w * rate`` to ``(w + 1) * rate - 1``, when all of them are there: ``w < (t + 1) // rate``.
+
+    Parameters
+    ----------
+    q: (b, h, m, d), float64, float32, bfloat16 or float16: queries of the last ``m`` tokens.
+    kv: (b, g, n, d), same dtype and device: vectors of the last ``n`` tokens, ``m`` at least and all that the window of
+        the first query holds. ``g`` divides ``h``, and query head ``i`` reads KV head ``i // (h / g)``; DeepSeek-V4 has
+        ``g = 1``.
+    entries: (b, g, w, d), one for each whole window at least; None for a layer that has the window alone.
+    chosen: (b, m, c), int64: entries that a query may see, as ``choose`` gives them, all heads the same; -1 for none.
+        None lets it see all that are closed.
+    window: tokens that a query sees one by one, its own included.
+    rate: tokens of an entry's window.
+    sink: (h,), logits of one more key with value 0.
+    scale: multiplies the products; ``d ** -0.5`` when None.
+    length: tokens there are so far, ``n`` when None.
+    backend: "chunk" or "reference", which then runs or raises; None takes the first that can run.
+
+    Returns
+    -------
+    o: (b, h, m, d) in q's dtype.
+
+    Raises
+    ------
+    ValueError, TypeError: arguments that do not fit together.
+
+    Source: DeepSeek-V4 technical report, 2026.
+    """
+    checked = call(q, kv, entries, chosen, window=window, rate=rate, sink=sink, scale=scale, length=length)
+    result: Tensor = run(SPEC, checked, backend)
+    return result
+
+
+def call(
+    q: Tensor,
+    kv: Tensor,
+    entries: Tensor | None = None,
+    chosen: Tensor | None = None,
+    *,
+    window: int,
+    rate: int | None = None,
+    sink: Tensor | None = None,
+    scale: float | None = None,
+    length: int | None = None,
+) -> dict[str, Any]:
+    """Check the arguments of ``compressed_attention``; return them by name, as every backend gets them."""
+    where = "compressed_attention"
+    given = {"q": (q, "b h m d"), "kv": (kv, "b g n d")}
+    if entries is not None:
+        given["entries"] = (entries, "b g entries d")
+    if chosen is not None:
+        given["chosen"] = (chosen, "b m choices")
+    if sink is not None:
+        given["sink"] = (sink, "h")
+    sizes = shapes.check(where, **given)
+    h, m, n = (sizes[axis] for axis in "hmn")
+    shapes.check_same(where, q=q, kv=kv, **({} if entries is None else {"entries": entries}))
+    shapes.check_device(where, **{name: x for name, (x, _) in given.items()})
+    shapes.check_groups(where, h, sizes["g"])
+    shapes.check_last(where, m, n)
+    length = n if length is None else length
+    if sizes["d"] == 0 or window < 1:
+        raise ValueError(f"{where}: key size is {sizes['d']} and window {window}, expected at least 1 of each")
+    if (entries is None) != (rate is None) or (entries is None and chosen is not None):
+        got = [name for name, x in (("entries", entries), ("chosen", chosen), ("rate", rate)) if x is not None]
+        raise ValueError(
+            f"{where}: got {' and '.join(got)} alone, expected entries and their rate, or neither and nothing chosen"
+        )
+    if length < n or n < min(length, window - 1 + m):
+        raise ValueError(
+            f"{where}: got {n} of {length} tokens for {m} queries and a window of {window}, expected the last "
+            f"{min(max(length, n), window - 1 + m)} at least and no more than there are"
+        )
+    if entries is not None and rate is not None:
+        check_windows(where, rate, sizes["entries"], m, length)
+    if chosen is not None and chosen.dtype != torch.int64:
+        raise TypeError(f"{where}: chosen has dtype {chosen.dtype}, expected int64: indices of entries, -1 for none")
+    return {
+        "q": q,
+        "kv": kv,
+        "entries": entries,
+        "chosen": chosen,
+        "window": window,
+        "rate": rate,
+        "sink": sink,
+        "scale": sizes["d"] ** -0.5 if scale is None else float(scale),
+        "length": length,
+    }
+
+
+def sample(
+    seed: int = 0,
+    sizes: Sizes | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Arguments for ``compressed_attention``: more entries than there are whole windows, and a sink that counts.
+
+    No choice of entries: ``Sizes`` has no axis for it. Values are as long as keys, which they are.
+    """
+    s = sizes or Sizes(b=2, h=4, g=1, m=37, n=37, d=16, e=16)
+    generator = torch.Generator().manual_seed(seed)
+    window, rate = (5, 1, 16, 40)[seed % 4], (4, 3, 1, 7, 16)[seed % 5]
+    drawn = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in (
+            ("q", (s.b, s.h, s.m, s.d)),
+            ("kv", (s.b, s.g, s.n, s.d)),
+            ("entries", (s.b, s.g, s.n // rate + seed % 2, s.d)),
+            ("sink", (s.h,)),
+        )
+    }
+    return {name: x.to(device, dtype) for name, x in drawn.items()} | {"window": window, "rate": rate}
+
+
+def cost(
+    sizes: Sizes,
+    *,
+    window: int = 128,
+    rate: int | None = 128,
+    top: int | None = None,
+    overlap: bool = False,
+    index: tuple[int, int] | None = None,
+    itemsize: int = 4,
+) -> Cost:
+    """Cost of one call, and of the state of a layer that makes its entries from tokens.
+
+    ``index`` is the number of index heads and their size, ``top`` what a query picks by them; ``overlap`` says that
+    tokens have two series. Without ``rate`` there is the window alone.
+    """
+    s = sizes
+    first, last = s.n - s.m, s.n
+    near = _sum_of_least(first, last, window)
+    far = ranked = 0
+    token, fixed = 0, min(window - 1, s.n) * s.d * s.g * itemsize
+    if rate is not None:
+        ranked = _windows_up_to(last, rate) - _windows_up_to(first, rate)
+        far = ranked if top is None else ranked - _over(first, last, rate, top)
+        kept = s.g * s.d + (index[1] if index else 0)
+        token = kept * itemsize // rate
+        # Values and gates of the tokens that wait, of two series each where windows overlap; then the last series a.
+        waiting = (2 if overlap else 1) * min(rate - 1, s.n) + (rate if overlap else 0)
+        fixed += kept * itemsize * (s.n // rate + 2 * waiting) - token * s.n
+    vectors = min(s.n, window - 1 + s.m) + (0 if rate is None else s.n // rate)
+    heads, size = index or (0, 0)
+    return Cost(
+        flops=4 * s.b * s.h * s.d * (near + far) + 2 * s.b * heads * size * ranked,
+        bytes=s.b * (2 * s.h * s.m * s.d + s.g * vectors * s.d + (s.n // (rate or 1)) * size) * itemsize,
+        state_bytes_per_token=token,
+        state_bytes_fixed=fixed,
+    )
+
+
+def _sum_of_least(first: int, last: int, most: int) -> int:
+    """The sum of ``min(t + 1, most)`` for positions ``t`` from ``first`` up to ``last``."""
+    below = [min(edge, most) for edge in (first, last)]
+    sums = [edge * (edge + 1) // 2 + (end - edge) * most for edge, end in zip(below, (first, last), strict=True)]
+    return sums[1] - sums[0]
+
+
+def _windows_up_to(last: int, rate: int) -> int:
+    """The sum of ``(t + 1) // rate`` for positions ``t`` below ``last``."""
+    whole, rest = divmod(last, rate)
+    return rate * whole * (whole - 1) // 2 + whole * (rest + 1)
+
+
+def _over(first: int, last: int, rate: int, top: int) -> int:
+    """By how much ``(t + 1) // rate`` is more than ``top``, summed over positions ``t``."""
+    return sum(_windows_up_to(max(0, end - top * rate), rate) * sign for end, sign in ((last, 1), (first, -1)))
+
+
+def _chunk() -> Any:
+    return chunk.forward
+
+
+def _reference() -> Any:
+    return reference
+
+
+# The layer calls the function above, so it can only be imported here.
+from attnkit.mechanisms.compressed.layer import CompressedAttention, CompressedConfig  # noqa: E402
+from attnkit.mechanisms.compressed.presets import PRESETS  # noqa: E402
+
+SPEC = Mechanism(
+    name="compressed",
+    title="Compressed attention (CSA, HCA)",
+    equation="o = softmax([window(q kv^T), closed(q c^T), sink]) [kv, c, 0] with c = pooled windows of tokens",
+    papers=("DeepSeek-V4 technical report, 2026",),
+    call=call,
+    function=compressed_attention,
+    sample=sample,
+    reference=reference,
+    backends=(Backend("chunk", _chunk, finite_only=True), Backend("reference", _reference)),
+    laws=Laws(
+        causal=True,
+        stateful=True,
+        step_equals_prefill=True,
+        length_invariant=True,
+        every_key=False,
+        weights_sum_to_one=False,
+    ),
+    cost=cost,
+    layer=CompressedAttention,
+    state=CompressedState,
+    presets=PRESETS,
+)

@@ -1,0 +1,107 @@
+"""Blocks of queries, each over the tokens of its window and the entries closed by its end: no table of all pairs.
+
+Where a query may see few of many entries, they are fetched for it one by one, and it attends as a sequence of its own;
+else it passes over all entries of its block, those not chosen hidden. Training computes each block again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnkit.blocks import joined, spans
+from attnkit.masks import window as near
+from attnkit.mechanisms.softmax import softmax_attention
+
+BLOCK = 128
+SPARSE = 16
+"""Entries for each chosen one from which on fetching the chosen ones costs less than passing over all."""
+FETCHED = 1 << 24
+"""The most numbers that a block of queries fetches: 64 MB of float32."""
+
+
+def forward(
+    q: Tensor,
+    kv: Tensor,
+    entries: Tensor | None,
+    chosen: Tensor | None,
+    window: int,
+    rate: int | None,
+    sink: Tensor | None,
+    scale: float,
+    length: int,
+) -> Tensor:
+    (b, g, n, d), m = kv.shape, q.shape[2]
+    first, rows = length - m, BLOCK
+    fetched = entries is not None and chosen is not None and chosen.shape[2] * SPARSE <= entries.shape[2]
+    if fetched:
+        assert chosen is not None
+        rows = min(BLOCK, max(1, FETCHED // max(1, b * g * (window + chosen.shape[2]) * d)))
+    blocks = []
+    for start, end in spans(m, rows):
+        part = (q[:, :, start:end], kv[:, :, max(0, n - m + start - window + 1) : n - m + end])
+        far: tuple[Tensor | None, Tensor | None] = (None, None)
+        if entries is not None and rate is not None:
+            # Fetching takes few of the entries, so that there is no reason to cut off those that nobody sees.
+            closed = entries if fetched else entries[:, :, : (first + end) // rate]
+            far = (closed, None if chosen is None else chosen[:, start:end])
+        blocks.append((*part, *far, first + start, window, rate, sink, scale))
+    o: Tensor = joined(_fetched if fetched else _block, blocks)
+    return o
+
+
+def _block(
+    q: Tensor,
+    kv: Tensor,
+    entries: Tensor | None,
+    chosen: Tensor | None,
+    first: int,
+    window: int,
+    rate: int | None,
+    sink: Tensor | None,
+    scale: float,
+) -> Tensor:
+    if entries is None or rate is None:
+        o: Tensor = softmax_attention(q, kv, kv, mask=near(window), scale=scale, sink=sink)
+        return o
+    (b, _, m, _), n, count = q.shape, kv.shape[2], entries.shape[2]
+    work = torch.promote_types(q.dtype, torch.float32)
+    closed = (torch.arange(first, first + m, device=q.device) + 1) // rate
+    hidden = (torch.arange(count, device=q.device) >= closed[:, None])[None]
+    if chosen is not None:
+        place = chosen.masked_fill((chosen < 0) | (chosen >= count), count)  # a column more, for what is none
+        skipped = torch.ones(b, m, count + 1, dtype=torch.bool, device=q.device).scatter_(-1, place, False)
+        hidden = hidden | skipped[..., :count]
+    outside = ~near(window).part((n - m, n), (0, n), q.device)[0]
+    both = torch.cat([outside.expand(len(hidden), m, n), hidden], -1)[:, None]
+    keys = torch.cat([kv, entries], 2)
+    bias = torch.zeros(both.shape, dtype=work, device=q.device).masked_fill_(both, -torch.inf)
+    o = softmax_attention(q, keys, keys, bias=bias, scale=scale, sink=sink)
+    return o
+
+
+def _fetched(
+    q: Tensor,
+    kv: Tensor,
+    entries: Tensor,
+    chosen: Tensor,
+    first: int,
+    window: int,
+    rate: int,
+    sink: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Every query as a sequence of its own, with the tokens of its window and the entries that it chose."""
+    (b, h, m, d), (g, n) = q.shape, kv.shape[1:3]
+    rows = torch.arange(m, device=q.device)[:, None]
+    token = rows + (n - m + 1 - window) + torch.arange(window, device=q.device)
+    closed = (first + rows + 1) // rate
+    hidden = torch.cat([(token < 0).expand(b, -1, -1), (chosen < 0) | (chosen >= closed)], -1)
+    batch, head = torch.arange(b, device=q.device)[:, None, None, None], torch.arange(g, device=q.device)[:, None, None]
+    keys = torch.cat([kv[:, :, token.clamp(min=0)], entries[batch, head, chosen[:, None].clamp(min=0)]], 3)
+    keys = keys.transpose(1, 2).reshape(b * m, g, -1, d)
+    work = torch.promote_types(q.dtype, torch.float32)
+    bias = torch.zeros(hidden.shape, dtype=work, device=q.device).masked_fill_(hidden, -torch.inf)
+    alone = q.transpose(1, 2).reshape(b * m, h, 1, d)
+    o: Tensor = softmax_attention(alone, keys, keys, bias=bias.view(b * m, 1, 1, -1), scale=scale, sink=sink)
+    return o.view(b, m, h, d).transpose(1, 2)
