@@ -137,20 +137,19 @@ def sample(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Arguments for ``compressed_attention``: more entries than there are whole windows, and a sink that counts.
+    """Arguments for ``compressed_attention``: short and long windows, now and then an entry that is not closed yet.
 
-    No choice of entries: ``Sizes`` has no axis for it. Values are as long as keys, which they are.
+    The value size is that of keys, since a vector is both, and no entries are chosen: ``Sizes`` has no axis for these.
     """
     s = sizes or Sizes(b=2, h=4, g=1, m=37, n=37, d=16, e=16)
     generator = torch.Generator().manual_seed(seed)
-    window, rate = (5, 1, 16, 40)[seed % 4], (4, 3, 1, 7, 16)[seed % 5]
+    window, rate = (5, 2, 16, 40)[seed % 4], (4, 3, 1, 7, 16)[seed % 5]
     drawn = {
         name: torch.randn(shape, generator=generator, dtype=torch.float64)
         for name, shape in (
             ("q", (s.b, s.h, s.m, s.d)),
             ("kv", (s.b, s.g, s.n, s.d)),
             ("entries", (s.b, s.g, s.n // rate + seed % 2, s.d)),
-            ("sink", (s.h,)),
         )
     }
     return {name: x.to(device, dtype) for name, x in drawn.items()} | {"window": window, "rate": rate}

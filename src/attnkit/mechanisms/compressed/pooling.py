@@ -62,7 +62,8 @@ def compress(
         if before is not None:
             earlier, shut = before[0].to(work), before[1].to(work) + bias[:, :d].to(work)
         pooled, logits = _two_series(pooled, earlier), _two_series(logits, shut)
-    return (pooled * logits.softmax(3)).sum(3).to(values.dtype)
+    entries: Tensor = (pooled * logits.softmax(3)).sum(3).to(values.dtype)
+    return entries
 
 
 def _two_series(x: Tensor, before: Tensor) -> Tensor:
