@@ -41,13 +41,19 @@ class Llama3:
 
 @dataclass(frozen=True)
 class YaRN:
-    """YaRN (arXiv 2309.00071): interpolates slow frequencies only; cos and sin grow by ``attention_factor``."""
+    """YaRN (arXiv 2309.00071): interpolates slow frequencies only; cos and sin grow by ``attention_factor``.
+
+    DeepSeek lets logits grow by ``logit_factor`` instead, channels that rotary leaves alone included: ``mscale_all`` is
+    its ``mscale_all_dim``, and with ``mscale`` the same, cos and sin stay as they are.
+    """
 
     factor: float
     original: int
     fast: float = 32.0
     slow: float = 1.0
     truncate: bool = True
+    mscale: float = 1.0
+    mscale_all: float = 0.0
 
     def apply(self, frequencies: Tensor, base: float) -> Tensor:
         size = 2 * frequencies.numel()
@@ -70,7 +76,15 @@ class YaRN:
 
     @property
     def attention_factor(self) -> float:
-        return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+        return self._growth(self.mscale) / self._growth(self.mscale_all)
+
+    @property
+    def logit_factor(self) -> float:
+        """What multiplies the scale of latent attention's logits."""
+        return self._growth(self.mscale_all) ** 2
+
+    def _growth(self, share: float) -> float:
+        return 0.1 * share * math.log(self.factor) + 1 if self.factor > 1 else 1.0
 
 
 @dataclass(frozen=True)
