@@ -77,7 +77,7 @@ class CompressedConfig:
             if self.rotary.scaling is not None and self.rotary.scaling.attention_factor != 1:
                 raise ValueError(
                     f"{where}: rotary multiplies by {self.rotary.scaling.attention_factor:.4g}, expected 1, so that "
-                    f"turning back undoes it: use a scaling whose attention_factor is 1"
+                    f"turning back undoes it: as with YaRN(..., mscale_all=1)"
                 )
 
     @property
