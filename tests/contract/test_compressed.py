@@ -101,6 +101,17 @@ def test_limits(backend: str) -> None:
     assert (wide - attnkit.softmax_attention(q, kv, kv, mask=attnkit.causal(), sink=sink)).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("top", [None, 1])
+def test_no_queries_and_no_sequences_are_an_empty_result(backend: str, top: int | None) -> None:
+    call = sampled(9, 9, rate=2, top=top)
+    no_sequences = {name: x[:0] for name, x in call.items() if name not in ("rate", "sink")}
+    no_queries = {name: call[name][..., :0, :] for name in ("q", "chosen") if name in call}
+    for cut in (no_sequences, no_queries):
+        o = compressed_attention(**{**call, **cut}, window=3, backend=backend)
+        assert o.shape == cut["q"].shape
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("n", [3, 4, 11])
 def test_compress_equals_loops(overlap: bool, n: int) -> None:

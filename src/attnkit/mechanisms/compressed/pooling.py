@@ -9,8 +9,9 @@ from torch.nn.functional import pad
 from attnkit import shapes
 from attnkit.blocks import largest, spans
 
-ELEMENTS = 1 << 22
-"""The most scores of index heads in memory at a time: 16 MB of float32."""
+ELEMENTS = 1 << 20
+"""The most scores of index heads in memory at a time, 4 MB of float32: with four times as many, one core of an AMD EPYC
+takes twice as long for the scores of 8,192 tokens and 8 index heads, as they leave its cache."""
 
 
 def compress(
@@ -91,7 +92,7 @@ def choose(q: Tensor, k: Tensor, weights: Tensor, *, rate: int, top: int, length
 
     Returns
     -------
-    chosen: (b, m, min(top, w)), int64 ascending, -1 in front where fewer entries are closed.
+    chosen: (b, m, min(top, w)), int64 ascending, -1 at the end where fewer entries are closed.
 
     Raises
     ------
@@ -115,8 +116,8 @@ def choose(q: Tensor, k: Tensor, weights: Tensor, *, rate: int, top: int, length
         scores = torch.einsum("biqw,biq->bqw", products.view(b, heads, rows, there).relu_(), weights[:, :, start:end])
         scores.masked_fill_(torch.arange(there, device=q.device) >= closed[:, None], -torch.inf)
         best = largest(scores, top)
-        best = best.masked_fill(scores.gather(-1, best) == -torch.inf, -1).sort(-1).values
-        found.append(pad(best, (min(top, count) - best.shape[-1], 0), value=-1))
+        best = best.masked_fill(best >= closed[:, None], -1)
+        found.append(pad(best, (0, min(top, count) - best.shape[-1]), value=-1))
     return torch.cat(found, 1)
 
 
