@@ -129,20 +129,22 @@ def test_compress_equals_loops(overlap: bool, n: int) -> None:
         assert found[batch, 0, w, channel].item() == pytest.approx(pooled / sum(weights), abs=1e-12)
 
 
-@pytest.mark.parametrize("elements", [1, 500, 1 << 22])
-def test_choose_equals_loops_and_ties_go_to_the_earlier_entry(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+@pytest.mark.parametrize(("elements", "top"), [(1, 3), (500, 3), (1 << 20, 3), (500, 100)])
+def test_choose_equals_loops_and_ties_go_to_the_earlier_entry(
+    monkeypatch: pytest.MonkeyPatch, elements: int, top: int
+) -> None:
     """Two index heads, so that ReLU makes many scores exactly 0, and keys that repeat; in blocks of any size."""
     monkeypatch.setattr(pooling, "ELEMENTS", elements)
     q, k, weights = drawn(2, 2, 30, 3), drawn(2, 5, 3, seed=1).repeat(1, 2, 1), drawn(2, 2, 30, seed=2)
-    found = choose(q, k, weights, rate=4, top=3, length=37)
-    assert found.shape == (2, 30, 3)
+    found = choose(q, k, weights, rate=4, top=top, length=37)
+    assert found.shape == (2, 30, min(top, 10))
     for batch, i in ((b, i) for b in range(2) for i in range(30)):
         closed = (7 + i + 1) // 4
         score = [
             sum(float(weights[batch, a, i]) * max(0.0, float(q[batch, a, i] @ k[batch, w])) for a in range(2))
             for w in range(closed)
         ]
-        best = sorted(sorted(range(closed), key=lambda w: (-round(score[w], 9), w))[:3])
+        best = sorted(sorted(range(closed), key=lambda w: (-round(score[w], 9), w))[:top])
         assert [w for w in found[batch, i].tolist() if w >= 0] == best
 
 
@@ -310,9 +312,25 @@ def test_configurations_that_make_no_sense_are_refused(wrong: dict[str, Any], sa
     assert said in str(caught.value)
 
 
-def test_a_full_state_and_foreign_weights_are_refused() -> None:
-    state = CompressedState(1, 3, 2, 4)
-    with pytest.raises(ValueError, match="holds 0 of 3 tokens and got 4 more: make the state with a capacity of at"):
-        state.append(torch.zeros(1, 1, 4, 4))
-    with pytest.raises(ValueError, match=r"weights have \['model.q'\], expected names of one DeepseekV4Attention"):
-        layer("hca").load({"model.q": torch.zeros(1)})
+STATE = CompressedState(1, 9, 2, 4, rate=3, streams={"entries": 4})
+TOKENS = torch.zeros(1, 1, 10, 4)
+OTHERS: list[tuple[Any, type[Exception], str]] = [
+    (lambda: STATE.append(TOKENS, entries_values=TOKENS, entries_gates=TOKENS), ValueError, "holds 0 of 9 tokens and"),
+    (lambda: STATE.append(TOKENS), TypeError, "expected ['kv', 'entries_values', 'entries_gates']"),
+    (lambda: STATE.extend(entries=TOKENS), ValueError, "expected at most 0 entries of 4 channels"),
+    (lambda: STATE.crop(1), ValueError, "length is 1, expected 0 to 0"),
+    (lambda: CompressedState(1, 9, 0, 4), ValueError, "window 0"),
+    (lambda: compress(TOKENS, TOKENS, torch.zeros(2, 3)), ValueError, "width is 3 in bias"),
+    (lambda: compress(TOKENS, TOKENS, TOKENS[0, 0], before=(TOKENS, TOKENS)), ValueError, "overlap False and a window"),
+    (lambda: choose(TOKENS, TOKENS[0], TOKENS[:, 0], rate=1, top=1), ValueError, "index_heads is 10 in weights"),
+    (lambda: choose(TOKENS, TOKENS[0], TOKENS[..., 0], rate=1, top=0), ValueError, "top is 0, expected at least 1"),
+    (lambda: choose(TOKENS, TOKENS[0], TOKENS[..., 0], rate=0, top=1), ValueError, "rate is 0, expected at least 1"),
+    (lambda: layer("hca").load({"model.q": TOKENS}), ValueError, "weights have ['model.q'], expected names of"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("act", "error", "said"), OTHERS)
+def test_other_refusals(act: Any, error: type[Exception], said: str) -> None:
+    with pytest.raises(error) as caught:
+        act()
+    assert said in str(caught.value)
