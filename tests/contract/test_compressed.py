@@ -14,6 +14,7 @@ from attnkit.mechanisms.compressed import CompressedConfig, choose, chunk, compr
 from attnkit.positions import Rotary, YaRN
 from attnkit.registry import get
 from attnkit.state import CompressedState
+from attnkit.testing import assert_matches
 
 BACKENDS = ("chunk", "reference")
 KINDS = ("sliding", "csa", "hca")
@@ -99,6 +100,16 @@ def test_limits(backend: str) -> None:
     assert (compressed_attention(**call, chosen=none, window=7, backend=backend) - alone).abs().max() < 1e-12
     wide = compressed_attention(q, kv, sink=sink, window=1000, backend=backend)
     assert (wide - attnkit.softmax_attention(q, kv, kv, mask=attnkit.causal(), sink=sink)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("top", [None, 4])
+def test_logits_of_ten_thousand_stay_finite(dtype: torch.dtype, top: int | None) -> None:
+    """Products beyond float16, in blocks that hide and in blocks that fetch."""
+    call = sampled(130, 130, rate=2, top=top, size=17)
+    given = {name: x.to(dtype) if name in ("q", "kv", "entries") else x for name, x in call.items()}
+    given |= {"q": given["q"] * 100, "kv": given["kv"] * 100, "entries": given["entries"] * 100, "window": 9}
+    assert_matches(get("compressed"), "chunk", given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
