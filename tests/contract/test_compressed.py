@@ -268,7 +268,7 @@ def test_long_input_builds_no_square(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def watched(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Any:
-        seen.append((q.shape[0] * q.shape[2], k.shape[2]))
+        seen.append((tuple(q.shape[:3]), k.shape[2]))
         return attnkit.softmax_attention(q, k, v, **settings)
 
     monkeypatch.setattr(chunk, "softmax_attention", watched)
@@ -277,10 +277,11 @@ def test_long_input_builds_no_square(monkeypatch: pytest.MonkeyPatch) -> None:
     for chosen in (None, torch.zeros(1, n, 8, dtype=torch.int64)):
         leaf = call["q"].clone().requires_grad_()
         compressed_attention(**{**call, "q": leaf}, chosen=chosen, window=16).sum().backward()
-    assert max(rows for rows, _ in seen) == chunk.BLOCK
-    assert max(keys for _, keys in seen) == chunk.BLOCK + 15 + n // 4
     assert len(seen) == 2 * 2 * n // chunk.BLOCK, "the backward computes each block again and keeps none"
-    assert seen[-1] == (chunk.BLOCK, 16 + 8)
+    hiding, fetching = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert {rows for rows, _ in hiding} == {(1, 2, chunk.BLOCK)}
+    assert max(keys for _, keys in hiding) == chunk.BLOCK + 15 + n // 4
+    assert set(fetching) == {((chunk.BLOCK, 1, 2), 16 + 8)}, "each query alone, its heads in a row, over what it sees"
 
 
 REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -94,17 +94,26 @@ def _fetched(
     sink: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Every query as a sequence of its own, with the tokens of its window and the entries that it chose."""
-    (b, h, m, d), (g, n), seen = q.shape, kv.shape[1:3], window + chosen.shape[2]
+    """Every query as a sequence of its own, with the tokens of its window and the entries that it chose.
+
+    The query heads of a KV head become its queries, and the sink one more key: torch's kernel would write keys out for
+    each head in training, which takes 20 times as long with 8 heads of 64 numbers.
+    """
+    (b, h, m, d), (g, n), r = q.shape, kv.shape[1:3], q.shape[1] // kv.shape[1]
     rows = torch.arange(m, device=q.device)[:, None]
     token = rows + (n - m + 1 - window) + torch.arange(window, device=q.device)
     closed = (first + rows + 1) // rate
     hidden = torch.cat([(token < 0).expand(b, -1, -1), (chosen < 0) | (chosen >= closed)], -1)
     batch, head = torch.arange(b, device=q.device)[:, None, None, None], torch.arange(g, device=q.device)[:, None, None]
-    keys = torch.cat([kv[:, :, token.clamp(min=0)], entries[batch, head, chosen[:, None].clamp(min=0)]], 3)
-    keys = keys.transpose(1, 2).reshape(b * m, g, seen, d)
+    seen = [kv[:, :, token.clamp(min=0)], entries[batch, head, chosen[:, None].clamp(min=0)]]
     work = torch.promote_types(q.dtype, torch.float32)
     bias = torch.zeros(hidden.shape, dtype=work, device=q.device).masked_fill_(hidden, -torch.inf)
-    alone = q.transpose(1, 2).reshape(b * m, h, 1, d)
-    o: Tensor = softmax_attention(alone, keys, keys, bias=bias.view(b * m, 1, 1, seen), scale=scale, sink=sink)
+    bias = bias.view(b * m, 1, 1, hidden.shape[2])
+    if sink is not None:
+        seen.append(kv.new_zeros(b, g, m, 1, d))
+        column = sink.to(work).view(g, r, 1).expand(b * m, g, r, 1)
+        bias = torch.cat([bias.expand(b * m, g, r, hidden.shape[2]), column], -1)
+    keys = torch.cat([x.transpose(1, 2) for x in seen], 3).view(b * m, g, bias.shape[3], d)
+    alone = q.reshape(b, g, r, m, d).permute(0, 3, 1, 2, 4).reshape(b * m, g, r, d)
+    o: Tensor = softmax_attention(alone, keys, keys, bias=bias, scale=scale)
     return o.view(b, m, h, d).transpose(1, 2)
