@@ -5,6 +5,7 @@ from __future__ import annotations
 from attnkit.state.compressed import Closed, CompressedState
 from attnkit.state.kv import KVState
 from attnkit.state.layered import LayeredState, State
+from attnkit.state.pooled import PooledState
 from attnkit.state.pyramid import PyramidState
 from attnkit.state.recurrent import RecurrentState
 from attnkit.state.rewritten import RewrittenState
@@ -18,6 +19,7 @@ __all__ = [
     "CompressedState",
     "KVState",
     "LayeredState",
+    "PooledState",
     "PyramidState",
     "RecurrentState",
     "RewrittenState",
