@@ -73,6 +73,8 @@ class Laws:
     """Appending keys that no query may see changes nothing."""
     separate_heads: bool = True
     """No head reads what another computes: permuting heads permutes the result."""
+    separate_readers: bool = True
+    """Query heads share a KV head and nothing else: writing it out for each of its readers changes nothing."""
     soft: bool = True
     """Weights are a differentiable function of the scores and equal scores share. Else one key is chosen: the first of
     equals, a positive scale shows in gradients only, and the gradient of scores is an estimate and no derivative."""

@@ -17,7 +17,7 @@ from attnkit.testing.budgets import assert_distinct, assert_within
 Arguments = Mapping[str, Any]
 """Keyword arguments of a mechanism's function."""
 Results = tuple[Tensor, ...]
-SCALED = ("k", "global_k")
+SCALED = ("k", "global_k", "compressed_k", "window_k")
 """The keys that a call's ``scale`` multiplies."""
 
 

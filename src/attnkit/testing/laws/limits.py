@@ -57,7 +57,7 @@ def neutral_features(spec: Mechanism, backend: str, rng: random.Random) -> None:
         raise Refused
 
 
-@law(examples=6)
+@law(examples=6, promised="separate_readers")
 def repeated_kv_heads(spec: Mechanism, backend: str, rng: random.Random) -> None:
     """Grouped heads are multi-head attention with each KV head written out for its readers."""
     g, r = rng.choice(((1, 4), (2, 3), (4, 1)))
