@@ -15,7 +15,8 @@ def block_means(k: Tensor, block: int) -> Tensor:
     """Mean key ``(b, g, c, d)`` of each of the ``c`` complete blocks, in float32 at least and without gradient."""
     whole = k.shape[2] // block
     kept = k.detach()[:, :, : whole * block].to(torch.promote_types(k.dtype, torch.float32))
-    return kept.unflatten(2, (whole, block)).mean(3)
+    means: Tensor = kept.unflatten(2, (whole, block)).mean(3)
+    return means
 
 
 @torch.no_grad()

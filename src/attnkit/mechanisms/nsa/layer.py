@@ -106,9 +106,20 @@ class NsaAttention(nn.Module):
         """Attend within ``x`` ``(b, n, width)``; returns the same shape."""
         c, (q, keys, values) = self.config, self._project(x, 0)
         compressed = self._compress(keys[1], values[1])
-        sizes = {"length": c.length, "stride": c.stride, "block": c.block, "selected": c.selected, "window": c.window}
         o = nsa_attention(
-            q, keys[0], values[0], *compressed, keys[2], values[2], self._gates(x), **sizes, backend=c.backend
+            q,
+            keys[0],
+            values[0],
+            *compressed,
+            keys[2],
+            values[2],
+            self._gates(x),
+            length=c.length,
+            stride=c.stride,
+            block=c.block,
+            selected=c.selected,
+            window=c.window,
+            backend=c.backend,
         )
         return self._out(o)
 
@@ -142,9 +153,20 @@ class NsaAttention(nn.Module):
             k, v = self._compress(*_since(raw, due.start * c.stride))
             state.pooled.append(k=k, v=v)
         compressed = state.pooled.view()
-        sizes = {"length": c.length, "stride": c.stride, "block": c.block, "selected": c.selected, "window": c.window}
         o = nsa_attention_step(
-            q, token.k, token.v, compressed["k"], compressed["v"], near.k, near.v, self._gates(x), **sizes
+            q,
+            token.k,
+            token.v,
+            compressed["k"],
+            compressed["v"],
+            near.k,
+            near.v,
+            self._gates(x),
+            length=c.length,
+            stride=c.stride,
+            block=c.block,
+            selected=c.selected,
+            window=c.window,
         )
         return self._out(o), state
 
@@ -185,7 +207,8 @@ class NsaAttention(nn.Module):
 
     def _gates(self, x: Tensor) -> Tensor:
         """Gates ``(b, h, m, 3)``."""
-        return torch.sigmoid(self.gate(x)).unflatten(-1, (-1, 3)).transpose(1, 2)
+        gates: Tensor = torch.sigmoid(self.gate(x)).unflatten(-1, (-1, 3)).transpose(1, 2)
+        return gates
 
     def _out(self, o: Tensor) -> Tensor:
         y: Tensor = self.o(o.transpose(1, 2).flatten(2))

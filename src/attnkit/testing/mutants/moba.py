@@ -26,7 +26,8 @@ def _gates(call: dict[str, Any], reduce: Callable[[Tensor], Tensor] = lambda key
     """Gates (b, h, m, c) of all blocks, the last one filled up with zeros."""
     q, k, block = call["q"], call["k"].repeat_interleave(call["q"].shape[1] // call["k"].shape[1], 1), call["block"]
     filled = torch.nn.functional.pad(k, (0, 0, 0, -k.shape[2] % block))
-    return q @ reduce(filled.unflatten(2, (-1, block))).mT
+    gates: Tensor = q @ reduce(filled.unflatten(2, (-1, block))).mT
+    return gates
 
 
 def _chosen(call: dict[str, Any], gates: Tensor, count: int, among: Tensor, last: bool = False) -> Tensor:

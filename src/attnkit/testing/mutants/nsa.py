@@ -27,7 +27,8 @@ def _weights(call: dict[str, Any]) -> Tensor:
     q, k, blocks = call["q"], call["compressed_k"], call["blocks"]
     ended = torch.arange(k.shape[2]) * blocks.stride + blocks.length - 1 <= _positions(call)
     scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * call["scale"]
-    return scores.masked_fill(~ended, -torch.inf).softmax(-1).masked_fill(~ended, 0.0)
+    weights: Tensor = scores.masked_fill(~ended, -torch.inf).softmax(-1).masked_fill(~ended, 0.0)
+    return weights
 
 
 def _importance(call: dict[str, Any], at: Callable[[int, int, int], int]) -> Tensor:
@@ -42,7 +43,8 @@ def _importance(call: dict[str, Any], at: Callable[[int, int, int], int]) -> Ten
 
 def _grouped(call: dict[str, Any], importance: Tensor) -> Tensor:
     r = call["q"].shape[1] // call["k"].shape[1]
-    return importance.unflatten(1, (-1, r)).sum(2).repeat_interleave(r, 1)
+    shared: Tensor = importance.unflatten(1, (-1, r)).sum(2).repeat_interleave(r, 1)
+    return shared
 
 
 def _selecting(name: str, mistake: str, importance: Callable[[dict[str, Any]], Tensor], local: int = 2) -> None:
