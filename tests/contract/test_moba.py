@@ -54,7 +54,8 @@ def test_equals_nested_loops(backend: str, n: int, m: int, block: int, top: int)
 def test_blocks_equal_the_definition_with_gradients(monkeypatch: pytest.MonkeyPatch, n: int, top: int) -> None:
     """Across edges of blocks, tiles and spans of queries, for all queries and for the last few, in float64."""
     monkeypatch.setattr(selected, "ROWS", 4)
-    monkeypatch.setattr(selected, "LOGITS", 2 * 4 * 16 * top * 9)
+    monkeypatch.setattr(selected, "SPAN", 2 * 4 * 3 * top * 9)
+    monkeypatch.setattr(selected, "PIECE", 3 * 4 * 16)
     for m in {n, (n + 1) // 2}:
         inputs = {name: sampled(n, m)[name].requires_grad_() for name in "qkv"}
         found, true = (moba_attention(**inputs, block=16, top=top, backend=backend) for backend in BACKENDS)
@@ -111,16 +112,23 @@ def test_keys_that_are_not_chosen_get_no_gradient() -> None:
 
 
 def test_long_input_builds_no_square(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A span's tiles have the logits it may have, and those of a tile to spare for every head and block."""
-    seen, spans = [], []
-    tiled, rows = selected._tiled, selected._rows
-    monkeypatch.setattr(selected, "_tiled", lambda *of: seen.append(tiled(*of).pairs.numel()) or tiled(*of))
-    monkeypatch.setattr(selected, "_rows", lambda *of: spans.append(of[0].shape[2]) or rows(*of))
-    monkeypatch.setattr(selected, "LOGITS", 1 << 17)
+    """Logits are no more than a piece's, and a span's pairs fill their tiles but for one a head and block."""
+    seen, slots = [], []
+    pieces, tiled = selected._pieces, selected._tiled
+
+    def watched(*of: Any) -> Any:
+        for piece in pieces(*of):
+            seen.append(piece.logits.numel())
+            yield piece
+
+    monkeypatch.setattr(selected, "_pieces", watched)
+    monkeypatch.setattr(selected, "_tiled", lambda *of: slots.append(tiled(*of).pairs.numel()) or tiled(*of))
+    monkeypatch.setattr(selected, "SPAN", 2 * 3 * 4 * 512)
     inputs = {name: sampled(2048, b=1, h=2)[name].float().requires_grad_() for name in "qkv"}
     moba_attention(**inputs, block=32, top=4).sum().backward()
-    assert max(seen) * 32 <= (1 << 17) + 2 * 64 * 64 * 32
-    assert spans == [512] * 8, "the backward computes each span again and keeps none"
+    assert selected.PIECE / 2 < max(seen) <= selected.PIECE
+    assert len(slots) == 2 * 2 * 4, "four spans of 512 queries, in the backward as well"
+    assert max(slots) <= 3 * (2 * 3 * 512), "tiles are of twice the average"
 
 
 def test_a_step_reads_the_chosen_blocks_alone() -> None:
