@@ -39,15 +39,17 @@ def attended(q: Tensor, keys: Tensor, values: Tensor, seen: list[int], scale: fl
 
 
 def by_loops(
-    x: dict[str, Any], length: int, stride: int, block: int, selected: int, window: int, scale: float
+    x: dict[str, Any], length: int, stride: int, block: int, selected: int, window: int, scale: float, causal: bool
 ) -> Tensor:
     """One query at a time; a block's importance is the weight of a compressed block for each stride they share."""
     (b, h, m, _), (g, n, e) = x["q"].shape, x["v"].shape[1:]
     o, r = x["q"].new_zeros(b, h, m, e), h // g
     for batch, group, i in ((u, w, z) for u in range(b) for w in range(g) for z in range(m)):
-        t, importance = n - m + i, dict.fromkeys(range((n - m + i) // block + 1), 0.0)
+        t = n - m + i
+        end = t + 1 if causal else n
+        importance = dict.fromkeys(range((end - 1) // block + 1), 0.0)
         heads = range(group * r, group * r + r)
-        ended = [c for c in range(x["compressed_k"].shape[2]) if c * stride + length <= t + 1]
+        ended = [c for c in range(x["compressed_k"].shape[2]) if c * stride + length <= end]
         coarse = {}
         for head in heads:
             keys = (x[name][batch, group] for name in ("compressed_k", "compressed_v"))
@@ -59,36 +61,37 @@ def by_loops(
                     )
                     importance[j] += w * len(shared)
         own = t // block
-        forced = [j for j in (0, own - 1, own) if j >= 0]
-        others = sorted(set(importance) - set(forced), key=lambda j: (-importance[j], j))
-        blocks = set(forced) | set(others[: max(0, selected - 3)])
-        near = list(range(max(0, t - window + 1), t + 1))
+        forced = {j for j in (0, own - 1, own, own + 1) if j in importance}
+        others = sorted(set(importance) - forced, key=lambda j: (-importance[j], j))
+        blocks = forced | set(others[: selected - len(forced)])
+        near = [s for s in range(end) if abs(t - s) < window]
         for head in heads:
             q, gate = x["q"][batch, head, i], x["gates"][batch, head, i]
-            seen = [s for s in range(t + 1) if s // block in blocks]
+            seen = [s for s in range(end) if s // block in blocks]
             fine, _ = attended(q, x["k"][batch, group], x["v"][batch, group], seen, scale)
             last, _ = attended(q, x["window_k"][batch, group], x["window_v"][batch, group], near, scale)
             o[batch, head, i] = gate[0] * coarse[head] + gate[1] * fine + gate[2] * last
     return o
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("n", "m", "sizes"),
     [
         (23, 23, (4, 2, 4, 4, 3)),
         (26, 5, (3, 1, 2, 5, 9)),
-        (19, 19, (2, 2, 2, 3, 1)),
+        (19, 19, (2, 2, 2, 4, 1)),
         (18, 1, (2, 1, 3, 4, 40)),
-        (5, 5, (6, 2, 2, 3, 2)),
+        (5, 5, (6, 2, 2, 4, 2)),
     ],
 )
-def test_equals_nested_loops(backend: str, n: int, m: int, sizes: tuple[int, ...]) -> None:
+def test_equals_nested_loops(causal: bool, backend: str, n: int, m: int, sizes: tuple[int, ...]) -> None:
     length, stride, block, selected, window = sizes
     inputs = sampled(n, m, c=max(0, (n - length) // stride + 1) + n % 2)
     named = {"length": length, "stride": stride, "block": block, "selected": selected, "window": window}
-    found = nsa_attention(**inputs, **named, scale=0.7, backend=backend)  # type: ignore[arg-type]
-    assert (found - by_loops(inputs, *sizes, 0.7)).abs().max() < 1e-12
+    found = nsa_attention(**inputs, **named, causal=causal, scale=0.7, backend=backend)  # type: ignore[arg-type]
+    assert (found - by_loops(inputs, *sizes, 0.7, causal)).abs().max() < 1e-12
 
 
 def test_which_compressed_blocks_a_selection_block_collects() -> None:
@@ -107,13 +110,14 @@ def test_everything_selected_and_that_gate_alone_is_softmax_attention(backend: s
     assert (found - attnkit.softmax_attention(q, k, v, mask=attnkit.causal())).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("n", [1, 3, 4, 15, 16, 17, 50])
-def test_spans_equal_the_definition_with_gradients(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+def test_spans_equal_the_definition_with_gradients(monkeypatch: pytest.MonkeyPatch, n: int, causal: bool) -> None:
     """Across edges of spans, blocks and windows, for all queries and for the last few, in float64."""
     monkeypatch.setattr(chunk, "SPAN", 7)
     for m in {n, (n + 1) // 2}:
         inputs = {name: x.requires_grad_() for name, x in sampled(n, m).items()}
-        found, true = (nsa_attention(**inputs, **SIZES, backend=backend) for backend in BACKENDS)
+        found, true = (nsa_attention(**inputs, **SIZES, causal=causal, backend=backend) for backend in BACKENDS)
         assert (found - true).abs().max() < 1e-12
         direction = torch.randn_like(found)
         slopes, exact = (torch.autograd.grad(o, list(inputs.values()), direction) for o in (found, true))
@@ -209,7 +213,8 @@ X = sampled(9)
 REFUSALS = [
     ({"length": 5}, ValueError, "length is 5 and stride 2, expected a multiple of the stride"),
     ({"block": 7}, ValueError, "block is 7 and stride 2, expected a multiple of the stride"),
-    ({"selected": 2}, ValueError, "selected is 2, expected at least 3: the first block and the last two always are"),
+    ({"selected": 2}, ValueError, "selected is 2, expected at least 3: the first block, the own one and its"),
+    ({"selected": 3, "causal": False}, ValueError, "selected is 3, expected at least 4: the first block, the own one"),
     ({"window": 0}, ValueError, "window is 0, expected at least 1"),
     ({"window": 2.5}, TypeError, "window is a float (2.5), expected an integer"),
     ({"gates": X["gates"][..., :2]}, ValueError, "of shape (1, 4, 9, 2), expected 3 floating numbers a query"),
@@ -236,6 +241,10 @@ def test_a_step_without_the_tokens_of_its_windows_is_refused() -> None:
 
 
 def test_wrong_configurations_are_refused() -> None:
+    layer = get("nsa").layer(NsaConfig(16, 4, **SIZES, causal=False))  # type: ignore[arg-type]
+    assert layer(torch.randn(1, 9, 16)).shape == (1, 9, 16)
+    with pytest.raises(ValueError, match="a bidirectional layer cannot decode"):
+        layer.state(1, 9)
     for settings, said in (
         ({"selected": 1}, "selected is 1"),
         ({"hidden": 0}, "hidden is 0"),

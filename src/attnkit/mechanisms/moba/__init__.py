@@ -100,16 +100,24 @@ def moba_attention_step(
 
 
 def selected_attention(
-    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, *, block: int, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor,
+    *,
+    block: int,
+    causal: bool = True,
+    scale: float | None = None,
 ) -> Tensor:
-    """Causal softmax attention of each query over its own block of keys, up to itself, and past blocks named for it.
+    """Softmax attention of each query over its own block of keys and the blocks that are named for it.
 
     Parameters
     ----------
     q: (b, h, m, d). k: (b, g, n, d). v: (b, g, n, e). scale: as in ``moba_attention``.
-    chosen: (b, c, m, s), int64: numbers of blocks before the query's own, each once, and -1 in places left over.
+    chosen: (b, c, m, s), int64: numbers of blocks other than the query's own, each once, -1 in places left over.
         ``c`` divides ``h`` and ``g`` divides ``c``: each run of ``h / c`` query heads reads one list.
     block: keys of a block, at least 1.
+    causal: a query sees its own block up to itself, and ``chosen`` names blocks before it; else all of any block.
 
     Returns
     -------
@@ -132,7 +140,7 @@ def selected_attention(
             f"{where}: chosen has {lists} lists for {h} query heads and {g} KV heads, expected a number that divides "
             f"the query heads and that the KV heads divide"
         )
-    return selected.attend(q, k, v, chosen, block, _scale(q, scale))
+    return selected.attend(q, k, v, chosen, block, _scale(q, scale), causal)
 
 
 def check(where: str, **counts: int) -> None:

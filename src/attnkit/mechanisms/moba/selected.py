@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from attnkit import masks
 from attnkit.blocks import spans
-from attnkit.masks import causal
 from attnkit.mechanisms.softmax import softmax_attention
 
 ROWS = 128
@@ -28,10 +28,11 @@ SPAN, PIECE = 1 << 23, 1 << 18
 
 class Chosen(NamedTuple):
     """A span's lists of blocks ``(b, c, m, s)``. With ``places`` ``(m,)`` they are the queries' own blocks, and keys
-    after these places are hidden."""
+    after these places are hidden; with ``end`` there are no keys from there on, and the last block is filled up."""
 
     blocks: Tensor
     places: Tensor | None
+    end: int | None
 
 
 class Tiles(NamedTuple):
@@ -57,18 +58,18 @@ class Piece(NamedTuple):
     real: Tensor
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block: int, scale: float) -> Tensor:
-    """Each query's own block up to itself and its ``chosen`` ``(b, c, m, s)`` past blocks: ``(b, h, m, e)``."""
+def attend(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block: int, scale: float, causal: bool = True) -> Tensor:
+    """Each query's own block, up to itself when ``causal``, and its ``chosen`` ``(b, c, m, s)``: ``(b, h, m, e)``."""
     (b, h, m, _), n, e = q.shape, k.shape[2], v.shape[3]
     if b == 0 or m == 0:
         return q.new_zeros(b, h, m, e)
     if n <= block:
-        o: Tensor = softmax_attention(q, k, v, mask=causal(), scale=scale)
+        o: Tensor = softmax_attention(q, k, v, mask=masks.causal() if causal else None, scale=scale)
         return o
     first, learns = n - m, torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if m > 1 or learns:  # for one query no copy of everything: its few blocks are fetched key by key
         k, v = (pad(x, (0, 0, 0, -n % block)).contiguous() for x in (k, v))
-    o = _Attend.apply(q, k, v, chosen, first, block, scale)  # type: ignore[no-untyped-call]
+    o = _Attend.apply(q, k, v, chosen, first, None if causal else n, block, scale)  # type: ignore[no-untyped-call]
     return o
 
 
@@ -77,11 +78,19 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, first: int, block: int, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        chosen: Tensor,
+        first: int,
+        end: int | None,
+        block: int,
+        scale: float,
     ) -> Tensor:
         c, results, tops, totals = chosen.shape[1], [], [], []
-        for start, end, parts in _spanned(chosen, first, block, q.shape[1] * v.shape[3]):
-            rows = _rows(q[:, :, start:end], c)
+        for start, past, parts in _spanned(chosen, first, end, block, q.shape[1] * v.shape[3]):
+            rows = _rows(q[:, :, start:past], c)
             found = [_part(rows, k, v, part, block, scale) for part in parts]
             o, top, total = (torch.cat(x, 3) for x in zip(*found, strict=True))
             # Joined by the largest logits: log-sum-exps have two digits left in float32 where logits are 10^5.
@@ -93,35 +102,41 @@ class _Attend(torch.autograd.Function):
             totals.append(_heads(total))
         o, top, total = (torch.cat(x, 2) for x in (results, tops, totals))
         ctx.save_for_backward(q, k, v, chosen, o, top, total)
-        ctx.settings = first, block, scale
+        ctx.settings = first, end, block, scale
         return o.to(q.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, chosen, o, top, total = ctx.saved_tensors
-        (first, block, scale), c, work = ctx.settings, chosen.shape[1], o.dtype
+        (first, end, block, scale), c, work = ctx.settings, chosen.shape[1], o.dtype
         slope = slope.to(work)
         # What a row's logits all have in common, see FlashAttention's backward.
         common = (slope * o).sum(-1, keepdim=True)
         dk, dv = (torch.zeros(x.shape, dtype=work, device=x.device) for x in (k, v))
         dq = []
-        for start, end, parts in _spanned(chosen, first, block, q.shape[1] * v.shape[3]):
-            rows, *rest = (_rows(x[:, :, start:end], c) for x in (q, slope, common, top, total))
+        for start, past, parts in _spanned(chosen, first, end, block, q.shape[1] * v.shape[3]):
+            rows, *rest = (_rows(x[:, :, start:past], c) for x in (q, slope, common, top, total))
             found = torch.zeros(rows.shape, dtype=work, device=rows.device)
             for part in parts:
                 _add_gradients(rows, k, v, part, block, scale, rest, (found, dk, dv))
-            dq.append(_heads(found.view(q.shape[0], c, end - start, *found.shape[1:])))
-        return torch.cat(dq, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+            dq.append(_heads(found.view(q.shape[0], c, past - start, *found.shape[1:])))
+        return torch.cat(dq, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
 
 
-def _spanned(chosen: Tensor, first: int, block: int, width: int) -> Iterator[tuple[int, int, list[Chosen]]]:
-    """Start and end of each span of queries, with their own blocks and the chosen ones; a result is ``width`` wide."""
+def _spanned(
+    chosen: Tensor, first: int, end: int | None, block: int, width: int
+) -> Iterator[tuple[int, int, list[Chosen]]]:
+    """Start and end of each span of queries, with their own blocks and the chosen ones; a result is ``width`` wide.
+
+    Of ``end`` keys a query sees later ones as well; without it, none.
+    """
     b, c, m, s = chosen.shape
-    for start, end in spans(m, max(1, SPAN // (b * width * (1 + s)))):
-        positions = torch.arange(first + start, first + end, device=chosen.device)
-        own = Chosen((positions // block)[:, None].expand(b, c, -1, 1), positions % block)
-        yield start, end, [own, Chosen(chosen[:, :, start:end], None)] if s else [own]
+    for start, past in spans(m, max(1, SPAN // (b * width * (1 + s)))):
+        positions = torch.arange(first + start, first + past, device=chosen.device)
+        own = (positions // block)[:, None].expand(b, c, -1, 1)
+        parts = [Chosen(own, positions % block if end is None else None, end)]
+        yield start, past, [*parts, Chosen(chosen[:, :, start:past], None, end)] if s else parts
 
 
 def _rows(x: Tensor, c: int) -> Tensor:
@@ -197,6 +212,9 @@ def _pieces(rows: Tensor, k: Tensor, tiles: Tiles, chosen: Chosen, block: int, s
         if chosen.places is not None:
             later = torch.arange(block, device=k.device) > chosen.places[queries % m].view(-1, size, 1, 1)
             logits.view(-1, size, r, block).masked_fill_(later, -torch.inf)
+        elif chosen.end is not None and chosen.end % block:
+            tokens = (groups % -(-k.shape[2] // block) * block)[:, None, None] + torch.arange(block, device=k.device)
+            logits.masked_fill_(tokens >= chosen.end, -torch.inf)
         yield Piece(queries, asked, keys, logits, groups, tiles.real[start:end])
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnkit import shapes
 from attnkit.dispatch import run
+from attnkit.masks import symmetric_window
 from attnkit.masks import window as last
 from attnkit.mechanisms.nsa import chunk
 from attnkit.mechanisms.nsa.blocks import Blocks, check, windows
@@ -42,10 +43,11 @@ def nsa_attention(
     block: int = 64,
     selected: int = 16,
     window: int = 512,
+    causal: bool = True,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Causal attention of each query to compressed blocks, to selected blocks of tokens and to a window, by gates.
+    """Attention of each query to compressed blocks, to selected blocks of tokens and to a window, joined by gates.
 
     ``o = gate_0 attend(compressed) + gate_1 attend(selected) + gate_2 attend(window)``, each a softmax attention with
     keys and values of its own. The weights of the first, summed over the query heads that share a KV head, rank the
@@ -65,8 +67,10 @@ def nsa_attention(
     gates: (b, h, m, 3), any floating dtype, of the compressed, the selected and the window branch.
     length, stride: tokens of a compressed block, a multiple of ``stride``, and from the start of one to the next.
     block: tokens of a selection block, a multiple of ``stride``.
-    selected: selection blocks of a query, at least the 3 that always are.
+    selected: selection blocks of a query, at least those that always are, 3 or, when not causal, 4.
     window: tokens that the third branch sees, the query's own included.
+    causal: False lets a query see later tokens too: all compressed blocks, the block after its own, which is always
+        selected then, later ones of high importance, and tokens less than ``window`` away on either side.
     scale: multiplies ``q k^T`` in all branches; ``d ** -0.5`` when None.
     backend: "chunk" or "reference", which then runs or raises; None takes the first that can run.
 
@@ -94,6 +98,7 @@ def nsa_attention(
         block=block,
         selected=selected,
         window=window,
+        causal=causal,
         scale=scale,
     )
     result: Tensor = run(SPEC, checked, backend)
@@ -115,11 +120,14 @@ def call(
     block: int = 64,
     selected: int = 16,
     window: int = 512,
+    causal: bool = True,
     scale: float | None = None,
 ) -> dict[str, Any]:
     """Check the arguments of ``nsa_attention``; return them by name, as every backend gets them."""
     where, blocks = "nsa_attention", Blocks(length, stride, block, selected)
-    made = _checked(where, "n", q, k, v, compressed_k, compressed_v, window_k, window_v, gates, blocks, window, scale)
+    made = _checked(
+        where, "n", q, k, v, compressed_k, compressed_v, window_k, window_v, gates, blocks, window, causal, scale
+    )
     return made
 
 
@@ -154,7 +162,7 @@ def nsa_attention_step(
     """
     where, blocks = "nsa_attention_step", Blocks(length, stride, block, selected)
     made = _checked(
-        where, "held", q, k, v, compressed_k, compressed_v, window_k, window_v, gates, blocks, window, scale
+        where, "held", q, k, v, compressed_k, compressed_v, window_k, window_v, gates, blocks, window, True, scale
     )
     needed = min(k.shape[2], window - 1 + q.shape[2])
     if window_k.shape[2] < needed:
@@ -175,6 +183,7 @@ def _checked(
     gates: Tensor,
     blocks: Blocks,
     window: int,
+    causal: bool,
     scale: float | None,
 ) -> dict[str, Any]:
     tensors = {
@@ -193,7 +202,7 @@ def _checked(
     shapes.check_device(where, q=q, gates=gates)
     shapes.check_groups(where, sizes["h"], sizes["g"])
     shapes.check_last(where, sizes["m"], sizes["n"])
-    check(where, blocks, window)
+    check(where, blocks, window, causal)
     if sizes["branches"] != 3 or not gates.is_floating_point():
         raise ValueError(
             f"{where}: gates is {gates.dtype} of shape {tuple(gates.shape)}, expected 3 floating numbers a query: of "
@@ -205,7 +214,7 @@ def _checked(
             f"those of {blocks.length} tokens, one every {blocks.stride}, that end within {sizes['n']}"
         )
     scale = sizes["d"] ** -0.5 if scale is None else float(scale)
-    return tensors | {"gates": gates, "blocks": blocks, "window": window, "scale": scale}
+    return tensors | {"gates": gates, "blocks": blocks, "window": window, "causal": causal, "scale": scale}
 
 
 def sample(
@@ -221,8 +230,8 @@ def sample(
     """
     s = sizes or Sizes(b=2, h=4, g=2, m=37, n=37, d=16, e=8)
     generator = torch.Generator().manual_seed(seed)
-    stride = 16 if s.n >= 4096 else 1 + (seed % 2 if s.n > 8 else 0)
-    blocks = Blocks(2 * stride, stride, (4 if s.n > 8 else 2) * stride, 16 if s.n >= 4096 else 4 + seed % 3 % 2)
+    stride = min(16, s.n // 512) if s.n >= 512 else 1 + (seed % 2 if s.n > 8 else 0)
+    blocks = Blocks(2 * stride, stride, (4 if s.n > 8 else 2) * stride, 16 if s.n >= 512 else 4 + seed % 3 % 2)
     keys, values, compressed = (s.b, s.g, s.n, s.d), (s.b, s.g, s.n, s.e), blocks.compressed(s.n)
     drawn = {
         "q": (s.b, s.h, s.m, s.d),
@@ -240,7 +249,7 @@ def sample(
     made["gates"] = made["gates"].sigmoid()
     made["compressed_k"] *= s.d**-0.25
     made = {name: x.to(device, dtype) for name, x in made.items()}
-    return made | blocks._asdict() | {"window": 512 if s.n >= 4096 else 1 + s.n // 4}
+    return made | blocks._asdict() | {"window": 32 * stride if s.n >= 512 else 1 + s.n // 4}
 
 
 def cost(
@@ -251,11 +260,16 @@ def cost(
     block: int = 64,
     selected: int = 16,
     window: int = 512,
+    causal: bool = True,
     itemsize: int = 4,
 ) -> Cost:
     """Cost of one call, without compressing; the state has all tokens once, two rings, and the compressed blocks."""
     s, blocks = sizes, Blocks(length, stride, block, selected)
-    pairs = blocks.pairs(s.n) - blocks.pairs(s.n - s.m) + last(window).visible_pairs(s.m, s.n)
+    if causal:
+        pairs = blocks.pairs(s.n) - blocks.pairs(s.n - s.m) + last(window).visible_pairs(s.m, s.n)
+    else:
+        pairs = s.m * (blocks.compressed(s.n) + min(s.n, block * selected))
+        pairs += symmetric_window(window - 1).visible_pairs(s.m, s.n)
     token = s.g * (s.d + s.e) * itemsize
     read = min(s.n, s.m * block * selected) + min(s.n, window - 1 + s.m) + blocks.compressed(s.n)
     rings = min(s.n, window) + min(s.n, length)

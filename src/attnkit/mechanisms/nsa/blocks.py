@@ -9,9 +9,6 @@ from torch import Tensor
 from attnkit.mechanisms.moba import selected_pairs
 from attnkit.state.pooled import pools
 
-FORCED, LOCAL = 3, 2
-"""Blocks that are always selected: the first one, and the last two up to the query's own."""
-
 
 class Blocks(NamedTuple):
     """Tokens of a compressed block, from one to the next, of a selection block; how many of these a query selects."""
@@ -32,14 +29,19 @@ class Blocks(NamedTuple):
         return seen + selected_pairs(tokens, self.block, self.selected)
 
 
-def check(where: str, blocks: Blocks, window: int) -> None:
+def forced(number: Tensor, own: Tensor) -> Tensor:
+    """Which blocks are always selected, as far as the query may see them: the first one, its own and its neighbours."""
+    return (number == 0) | ((number - own).abs() <= 1)
+
+
+def check(where: str, blocks: Blocks, window: int, causal: bool) -> None:
     """Raise ``ValueError`` or ``TypeError`` unless these can be cut and selected."""
     for name, value in {**blocks._asdict(), "window": window}.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{where}: {name} is a {type(value).__name__} ({value!r}), expected an integer")
-        least = FORCED if name == "selected" else 1
+        least = 1 if name != "selected" else 3 if causal else 4
         if value < least:
-            why = ": the first block and the last two always are" if name == "selected" else ""
+            why = ": the first block, the own one and its neighbours always are" if name == "selected" else ""
             raise ValueError(f"{where}: {name} is {value}, expected at least {least}{why}")
     for name in ("length", "block"):
         size = getattr(blocks, name)

@@ -18,7 +18,7 @@ from attnkit.state import KVState, PooledState, View, WindowState
 
 @dataclass(frozen=True)
 class NsaConfig:
-    """An NSA layer; ``length`` to ``window`` are those of ``nsa_attention``.
+    """An NSA layer; ``length`` to ``causal`` are those of ``nsa_attention``.
 
     ``kv_heads`` None is one KV head a query head; all query heads of one select the same blocks. ``hidden`` is the
     width of the network that compresses a block, the size of a head when None.
@@ -32,6 +32,7 @@ class NsaConfig:
     block: int = 64
     selected: int = 16
     window: int = 512
+    causal: bool = True
     hidden: int | None = None
     rotary: Rotary | None = None
     qk_norm: bool = False
@@ -43,7 +44,8 @@ class NsaConfig:
                 f"NsaConfig: got width {self.width} and {self.heads} heads, expected a width that heads divide"
             )
         check_groups("NsaConfig", self.heads, self.groups)
-        check("NsaConfig", Blocks(self.length, self.stride, self.block, self.selected), self.window)
+        blocks = Blocks(self.length, self.stride, self.block, self.selected)
+        check("NsaConfig", blocks, self.window, self.causal)
         if self.hidden is not None and self.hidden < 1:
             raise ValueError(f"NsaConfig: hidden is {self.hidden}, expected at least 1")
         if self.rotary is not None and self.rotary.head_size != self.head_size:
@@ -119,6 +121,7 @@ class NsaAttention(nn.Module):
             block=c.block,
             selected=c.selected,
             window=c.window,
+            causal=c.causal,
             backend=c.backend,
         )
         return self._out(o)
@@ -133,6 +136,8 @@ class NsaAttention(nn.Module):
     ) -> PooledState:
         """An empty state for ``capacity`` tokens: all of the selected branch, two rings, and the compressed blocks."""
         c = self.config
+        if not c.causal:
+            raise ValueError("a bidirectional layer cannot decode: give it causal=True")
         shape = c.groups, c.head_size
         parts: dict[str, KVState | WindowState] = {
             "selected": KVState(batch, c.groups, capacity, c.head_size, dtype=dtype, device=device),
@@ -181,6 +186,7 @@ class NsaAttention(nn.Module):
             block=c.block,
             selected=c.selected,
             window=c.window,
+            causal=c.causal,
             itemsize=dtype.itemsize,
         )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnkit.masks import window as last
-from attnkit.mechanisms.nsa.blocks import LOCAL, Blocks
+from attnkit.masks import symmetric_window
+from attnkit.masks import window as windowed
+from attnkit.mechanisms.nsa.blocks import Blocks, forced
 from attnkit.mechanisms.softmax import softmax_attention
 
 
@@ -21,23 +22,27 @@ def forward(
     gates: Tensor,
     blocks: Blocks,
     window: int,
+    causal: bool,
     scale: float,
 ) -> Tensor:
     m, n, c = q.shape[2], k.shape[2], compressed_k.shape[2]
     positions, tokens = torch.arange(n - m, n, device=q.device)[:, None], torch.arange(n, device=q.device)
-    ended = torch.arange(c, device=q.device) * blocks.stride + blocks.length - 1 <= positions
-    chosen = _chosen(q.detach(), compressed_k.detach(), ended, positions, n, blocks, scale)
-    seen = chosen[..., tokens // blocks.block] & (tokens <= positions)
+    there = positions if causal else torch.full_like(positions, n - 1)
+    ended = torch.arange(c, device=q.device) * blocks.stride + blocks.length - 1 <= there
+    importance = _importance(q.detach(), compressed_k.detach(), ended, n, blocks, scale)
+    chosen = _chosen(importance, positions // blocks.block, there // blocks.block, blocks)
+    seen = chosen.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., tokens // blocks.block] & (tokens <= there)
     coarse = softmax_attention(q, compressed_k, compressed_v, mask=ended, scale=scale, backend="reference")
     fine = softmax_attention(q, k, v, mask=seen, scale=scale, backend="reference")
-    near = softmax_attention(q, window_k, window_v, mask=last(window), scale=scale, backend="reference")
+    around = windowed(window) if causal else symmetric_window(window - 1)
+    near = softmax_attention(q, window_k, window_v, mask=around, scale=scale, backend="reference")
     gate = gates.to(torch.promote_types(q.dtype, torch.float32))[..., None, :]
     o: Tensor = (gate[..., 0] * coarse + gate[..., 1] * fine + gate[..., 2] * near).to(q.dtype)
     return o
 
 
-def _chosen(q: Tensor, keys: Tensor, ended: Tensor, positions: Tensor, n: int, blocks: Blocks, scale: float) -> Tensor:
-    """Which blocks of tokens each query selects, bool ``(b, h, m, blocks)``, the same for all heads of a group."""
+def _importance(q: Tensor, keys: Tensor, ended: Tensor, n: int, blocks: Blocks, scale: float) -> Tensor:
+    """How important each block of tokens is to a query, ``(b, g, m, blocks)``, to all heads of a group together."""
     (b, h, m, d), (g, c) = q.shape, keys.shape[1:3]
     work = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bgrmd,bgcd->bgrmc", q.to(work).reshape(b, g, h // g, m, d), keys.to(work)) * scale
@@ -49,8 +54,12 @@ def _chosen(q: Tensor, keys: Tensor, ended: Tensor, positions: Tensor, n: int, b
             at = number * (blocks.block // blocks.stride) + inside - before
             there = (at >= 0) & (at < c)
             importance[..., there] += shares[..., at[there]]
-    own = positions // blocks.block
-    forced = (number == 0) | (number > own - LOCAL)
-    ranked = importance.masked_fill(forced, torch.inf).masked_fill(number > own, -torch.inf)
+    return importance
+
+
+def _chosen(importance: Tensor, own: Tensor, last: Tensor, blocks: Blocks) -> Tensor:
+    """The best blocks of each query up to its ``last``, bool ``(b, g, m, blocks)``; of equals the earlier ones."""
+    number = torch.arange(importance.shape[-1], device=own.device)
+    ranked = importance.masked_fill(forced(number, own), torch.inf).masked_fill(number > last, -torch.inf)
     rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    return ((rank < blocks.selected) & (number <= own)).repeat_interleave(h // g, 1)
+    return (rank < blocks.selected) & (number <= last)
