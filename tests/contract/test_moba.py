@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 import attnkit
-from attnkit.mechanisms.moba import MobaConfig, moba_attention, moba_attention_step, selected, selected_attention
+from attnkit.mechanisms.moba import (
+    MobaConfig,
+    moba_attention,
+    moba_attention_step,
+    selected,
+    selected_attention,
+    selected_pairs,
+)
 from attnkit.positions import Rotary
 from attnkit.registry import get
 from attnkit.spec import Sizes
@@ -158,6 +165,13 @@ def test_layer_with_every_option_decodes_across_block_edges_and_back() -> None:
     state.crop(24)
     state.check()
     assert (layer.step(x[:, 24:], state)[0] - layer(x)[:, 24:]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("block", "top"), [(1, 1), (3, 2), (4, 5)])
+def test_cost_counts_the_pairs_of_every_query(block: int, top: int) -> None:
+    for n in range(30):
+        counted = sum(t % block + 1 + block * min(top - 1, t // block) for t in range(n))
+        assert selected_pairs(n, block, top) == counted
 
 
 Q, K = torch.zeros(1, 4, 9, 5), torch.zeros(1, 2, 9, 5)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import attnkit
+from attnkit.mechanisms.moba import selected_pairs
 from attnkit.mechanisms.nsa import NsaConfig, chunk, nsa_attention, nsa_attention_step, windows
 from attnkit.mechanisms.nsa.blocks import Blocks
 from attnkit.positions import Rotary
@@ -207,6 +208,14 @@ def test_windows_are_the_tokens_of_each_block() -> None:
     x = torch.arange(11.0).view(1, 1, 11, 1)
     assert windows(x, 4, 3)[0, 0, ..., 0].tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
     assert windows(x[:, :, :3], 4, 3).shape == (1, 1, 0, 4, 1)
+
+
+@pytest.mark.parametrize(("length", "stride"), [(2, 2), (6, 2), (3, 1)])
+def test_cost_counts_the_pairs_of_every_query(length: int, stride: int) -> None:
+    blocks = Blocks(length, stride, 2 * stride, 4)
+    for n in range(40):
+        ended = sum(i * stride + length <= t + 1 for t in range(n) for i in range(n))
+        assert blocks.pairs(n) == ended + selected_pairs(n, 2 * stride, 4)
 
 
 X = sampled(9)
