@@ -16,14 +16,17 @@ from attnkit.bench.results import Line
 from attnkit.dispatch import decide
 from attnkit.registry import get, mechanisms
 from attnkit.spec import Mechanism, Sizes
+from attnkit.state import RecurrentState
 from attnkit.testing.runs import results, tensors
 
-LENGTH, HEADS, SIZE = 8192, 8, 64
+LENGTH, LONG, HEADS, SIZE = 8192, 16384, 8, 64
 LIMIT_MIB = 2048.0
 """What one float32 table of all pairs of 8 heads over 8,192 tokens takes."""
+CHUNK = 64
+"""Tokens a recurrent mechanism may keep a state for."""
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
-Work = Literal["forward", "training"]
+Work = Literal["forward", "training", "recurrent training"]
 WORKS: tuple[Work, ...] = ("forward", "training")
 
 
@@ -44,13 +47,20 @@ class Peak:
 
     def line(self) -> Line:
         """The record of a results file."""
-        return {"kind": "memory", **asdict(self), "mib": round(self.mib, 1), "holds": self.holds}
+        rounded = {"mib": round(self.mib, 1), "limit_mib": round(self.limit_mib, 1)}
+        return {"kind": "memory", **asdict(self), **rounded, "holds": self.holds}
+
+
+def works(spec: Mechanism) -> tuple[Work, ...]:
+    """What is measured of a mechanism, a row each."""
+    return (*WORKS, "recurrent training") if spec.state is RecurrentState else WORKS
 
 
 def peaks(names: Sequence[str] = (), n: int = LENGTH) -> Iterator[Line]:
     """The lines of a results file: where and how, then each mechanism's forward and training call when it is done.
 
     ``names`` are mechanisms, all when none is given. Eight heads of 64 in float32, one sequence of ``n`` tokens.
+    Where a state of one size stands for all tokens, one more row trains on twice as many (see ``recurrent``).
     Raises ``NotImplementedError`` where the system does not tell the peak of a process.
     """
     if not CLEAR.exists():
@@ -58,8 +68,22 @@ def peaks(names: Sequence[str] = (), n: int = LENGTH) -> Iterator[Line]:
     specs = [get(name) for name in names] or list(mechanisms().values())
     yield provenance({"memory": [spec.name for spec in specs], "n": n, "threads": torch.get_num_threads()})
     for spec in specs:
-        for work in WORKS:
-            yield measure(spec, work, n).line()
+        for work in works(spec):
+            yield (measure(spec, work, n) if work in WORKS else recurrent(spec, n * LONG // LENGTH)).line()
+
+
+def recurrent(spec: Mechanism, n: int = LONG) -> Peak:
+    """Training of a mechanism with a state of one size, beyond the gradients that it hands out.
+
+    Its limit is half as much again as the forward call takes, and a state every 64 tokens: a state kept for every token
+    would be 64 times that.
+    """
+    forward, training = (measure(spec, work, n) for work in WORKS)
+    sizes = Sizes(b=1, h=HEADS, g=HEADS, m=n, n=n, d=SIZE, e=SIZE)
+    handed = sum(x.nbytes for x in tensors(spec.sample(0, sizes, torch.float32)).values())
+    states = spec.cost(sizes).state_bytes_fixed * n // CHUNK
+    limit = 1.5 * forward.mib + states / 2**20
+    return Peak(spec.name, "recurrent training", training.backend, n, training.mib - handed / 2**20, limit)
 
 
 def measure(spec: Mechanism, work: Work, n: int = LENGTH) -> Peak:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from attnkit import bench
 from attnkit.bench import Case, Line
-from attnkit.bench.memory import WORKS
+from attnkit.bench.memory import works
 from attnkit.cli.output import Json, StoppedError, console, table
 from attnkit.registry import get, mechanisms
 
@@ -74,6 +74,7 @@ def verb(
 
     --memory asks each mechanism for 8,192 tokens in 8 heads of 64 in float32, forward and training, each in a process
     of its own, and shows the peak beside the 2 GiB that one table of all pairs takes; --only then names mechanisms.
+    Recurrent ones train on 16,384 tokens as well, which may take half more than forward and a state every 64 tokens.
 
     A whole run is kept in benchmarks/results/DATE-LEVEL.jsonl in a source checkout, in attnkit-bench.jsonl elsewhere.
     With --quick or --only nothing is kept unless --out names a file. --json prints the same lines.
@@ -135,7 +136,7 @@ def _measure(chosen: tuple[Case, ...], path: Path | None, *, flex: bool) -> list
 
 def _measure_memory(names: list[str], path: Path | None) -> list[Line]:
     specs = [get(name) for name in names] or list(mechanisms().values())
-    weights = [(f"{spec.name} {work}", 1.0) for spec in specs for work in WORKS]
+    weights = [(f"{spec.name} {work}", 1.0) for spec in specs for work in works(spec)]
     return _kept(bench.peaks([spec.name for spec in specs]), path, "starting", weights)
 
 
@@ -191,14 +192,18 @@ def _show(out: Console, lines: list[Line]) -> None:
 
 
 def _show_memory(out: Console, lines: list[Line]) -> None:
-    rows = table("mechanism", "work", "backend", "peak", "limit", "", right=("peak", "limit"))
+    rows = table("mechanism", "work", "tokens", "backend", "peak", "limit", "", right=("tokens", "peak", "limit"))
     for line in _rows(lines):
         style = "green" if line["holds"] else "red"
         verdict = "holds" if line["holds"] else "missed"
         peak, limit = f"{line['mib']:,.0f} MiB", f"{line['limit_mib']:,.0f} MiB"
-        rows.add_row(line["mechanism"], line["work"], line["backend"], peak, limit, f"[{style}]{verdict}[/]")
+        cells = line["mechanism"], line["work"], f"{line['n']:,}", line["backend"], peak, limit
+        rows.add_row(*cells, f"[{style}]{verdict}[/]")
     out.print(_machine(lines[0], lines[0]["settings"]["threads"]), markup=False)
-    out.print(f"one sequence of {lines[0]['settings']['n']:,} tokens, 8 heads of 64, float32", markup=False)
+    out.print("one sequence in 8 heads of 64, float32", markup=False)
+    if any(line["work"] == "recurrent training" for line in _rows(lines)):
+        said = "recurrent training: gradients of arguments not counted; limit 1.5 x forward and a state every 64 tokens"
+        out.print(said, markup=False)
     out.print()
     out.print(rows)
 

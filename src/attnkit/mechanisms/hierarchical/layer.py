@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +73,10 @@ class HierarchicalAttention(nn.Module):
         self.q = _map(c.width, c.width)
         self.k, self.v = (_map(c.width, c.groups * c.head_size) for _ in range(2))
         self.o = _map(c.levels * c.width, c.width)
-        size, heads = c.head_size, (c.heads, c.groups, c.groups)
-        self.down = nn.ModuleList(_map(c.width, c.inner_width) for _ in range(c.levels - 1))
-        self.above = nn.ModuleList(
-            nn.ModuleList(_map(c.inner_width, many * size) for many in heads) for _ in range(c.levels - 1)
-        )
+        size, above = c.head_size, c.levels - 1
+        self.down = _maps(above, c.width, c.inner_width)
+        self.q_above = _maps(above, c.inner_width, c.width)
+        self.k_above, self.v_above = (_maps(above, c.inner_width, c.groups * size) for _ in range(2))
 
         self.q_gain, self.k_gain = (nn.Parameter(torch.ones(c.levels, size)) if c.qk_norm else None for _ in range(2))
 
@@ -117,11 +117,13 @@ class HierarchicalAttention(nn.Module):
 
     def _between(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         size = self.config.head_size
-        if not self.down:
+        if self.config.levels == 1:
             return None, None, None, None
         down = [linear.weight.unflatten(1, (-1, size)).permute(1, 2, 0) for linear in self.down]
-        above = [[linear.weight.unflatten(0, (-1, size)).mT for linear in level] for level in self.above]
-        q, k, v = (torch.stack(weights) for weights in zip(*above, strict=True))
+        q, k, v = (
+            torch.stack([linear.weight.unflatten(0, (-1, size)).mT for linear in maps])
+            for maps in (self.q_above, self.k_above, self.v_above)
+        )
         return torch.stack(down), q, k, v
 
     def _norms(self) -> dict[str, Any]:
@@ -130,6 +132,10 @@ class HierarchicalAttention(nn.Module):
     def _out(self, o: Tensor) -> Tensor:
         y: Tensor = self.o(o.transpose(1, 2).flatten(2))
         return y
+
+
+def _maps(count: int, inputs: int, outputs: int) -> Sequence[nn.Linear]:
+    return cast("Sequence[nn.Linear]", nn.ModuleList(_map(inputs, outputs) for _ in range(count)))
 
 
 def _map(inputs: int, outputs: int) -> nn.Linear:

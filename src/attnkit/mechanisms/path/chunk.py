@@ -32,11 +32,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, log_f: Ten
         return _heads(q, k, v, w, beta, log_f, scale)
     together = max(1, TOKENS // (b * n))
     # Split and not sliced: the gradient of a slice is as long as what it was cut from.
-    shared = zip(*(x.split(together, 1) for x in (k, v, w, beta)), strict=True)
-    queries = q.split(h // g * together, 1)
+    queries, *shared = (x.split(x.shape[1] // g * together, 1) for x in (q, k, v, w, beta))
     gates = [None] * len(queries) if log_f is None else log_f.split(h // g * together, 1)
-    parts = zip(queries, shared, gates, strict=True)
-    return torch.cat([_heads(q, *rest, log_f, scale) for q, rest, log_f in parts], 1)
+    parts: Iterator[Any] = zip(queries, *shared, gates, strict=True)
+    return torch.cat([_heads(*part, scale) for part in parts], 1)
 
 
 def _heads(q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, log_f: Tensor | None, scale: float) -> Tensor:
