@@ -7,6 +7,7 @@ queries again in the backward. The arithmetic is that of softmax attention and a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, log_f: Ten
     # Split and not sliced: the gradient of a slice is as long as what it was cut from.
     queries, *shared = (x.split(x.shape[1] // g * together, 1) for x in (q, k, v, w, beta))
     gates = [None] * len(queries) if log_f is None else log_f.split(h // g * together, 1)
-    parts: Iterator[Any] = zip(queries, *shared, gates, strict=True)
-    return torch.cat([_heads(*part, scale) for part in parts], 1)
+    parts: Iterator[Any] = zip(queries, *shared, gates, repeat(scale))
+    return torch.cat([_heads(*part) for part in parts], 1)
 
 
 def _heads(q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, log_f: Tensor | None, scale: float) -> Tensor:
