@@ -86,7 +86,7 @@ def test_automatic_choice_is_never_a_refused_one(feature: str | None) -> None:
 def test_reasons_have_values() -> None:
     x = torch.zeros(1, 1, 3, 600)
     call = SPEC.call(x, x, x, dropout=0.5)
-    assert "key size is 600, the native kernel takes 1 to 512" in SPEC.backend("cpu").rejects(call)
+    assert "key size is 600, the native kernel takes 1 to 576" in SPEC.backend("cpu").rejects(call)
     assert any("dropout is 0.5" in reason for reason in SPEC.backend("sdpa").rejects(call))
 
 

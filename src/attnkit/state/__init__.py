@@ -6,6 +6,7 @@ from attnkit.state.compressed import Closed, CompressedState
 from attnkit.state.kv import KVState
 from attnkit.state.layered import LayeredState, State
 from attnkit.state.pooled import PooledState
+from attnkit.state.latent import LatentState
 from attnkit.state.pyramid import PyramidState
 from attnkit.state.recurrent import RecurrentState
 from attnkit.state.rewritten import RewrittenState
@@ -20,6 +21,7 @@ __all__ = [
     "KVState",
     "LayeredState",
     "PooledState",
+    "LatentState",
     "PyramidState",
     "RecurrentState",
     "RewrittenState",

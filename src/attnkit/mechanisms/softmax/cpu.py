@@ -9,7 +9,8 @@ from attnkit import native
 from attnkit.masks import UNBOUNDED, Mask, explicit
 from attnkit.spec import Call
 
-MOST_SIZE = 512
+# 576 is a latent of 512 beside a rotary key of 64, as DeepSeek has them.
+MOST_SIZE = 576
 # Up to this many queries are served by the decode kernel, which packs nothing. Measured with 8 KV heads of 128 numbers
 # and 1,000 to 32,000 keys.
 MOST_DECODE_QUERIES = 8

@@ -88,7 +88,7 @@ def key_order(spec: Mechanism, backend: str, rng: random.Random) -> None:
     assert_equals_call(run(spec, backend, {**arguments, **moved})[0], spec, arguments)
 
 
-@law(examples=8, takes=("mask",), promised="weights_sum_to_one")
+@law(examples=8, takes=("v", "mask"), promised="weights_sum_to_one")
 def weights_sum_to_one(spec: Mechanism, backend: str, rng: random.Random) -> None:
     """Values that are all 1 give 1 wherever something is visible."""
     n = rng.choice((1, 49, 130))

@@ -64,7 +64,7 @@ def prefixes(spec: Mechanism, backend: str, rng: random.Random) -> None:
     assert_equals_call(o, spec, part)
 
 
-@law(examples=40, takes=("mask",))
+@law(examples=40, takes=("k", "v", "mask"))
 def visible_set(spec: Mechanism, backend: str, rng: random.Random) -> None:
     """The keys that each query really used are those its mask's rule names: values mark keys, one key is boosted.
 
@@ -96,7 +96,7 @@ def visible_set(spec: Mechanism, backend: str, rng: random.Random) -> None:
     assert bool(((share > 0.5) == sees[..., boosted]).all()), f"key {boosted} was boosted and another answered"
 
 
-@law(examples=16, takes=("mask",))
+@law(examples=16, takes=("k", "v", "mask"))
 def hidden_garbage(spec: Mechanism, backend: str, rng: random.Random) -> None:
     """NaN and infinity in keys and values that a row may not see never reach it."""
     dtype = rng.choice((torch.float32, torch.bfloat16, torch.float16))
