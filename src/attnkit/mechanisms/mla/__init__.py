@@ -65,7 +65,8 @@ def call(
 ) -> dict[str, Any]:
     """Check the arguments of ``mla_attention``; return them by name, as every backend gets them."""
     check("mla_attention", q, latent, kv_b)
-    mask = checked("mla_attention", mask, *q.shape[:3], latent.shape[2])
+    b, h, m, _ = q.shape
+    mask = checked("mla_attention", mask, b, h, m, latent.shape[2])
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     return {"q": q, "latent": latent, "kv_b": kv_b, "mask": mask, "scale": scale}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -76,7 +77,8 @@ class MLAConfig:
         if self.scale is not None:
             return self.scale
         scaling = self.rotary.scaling if self.rotary is not None else None
-        return self.key_size**-0.5 * (scaling.logit_factor if isinstance(scaling, YaRN) else 1.0)
+        factor: float = scaling.logit_factor if isinstance(scaling, YaRN) else 1.0
+        return factor / math.sqrt(self.key_size)
 
     @classmethod
     def deepseek(cls, config: Mapping[str, Any]) -> Self:
@@ -84,14 +86,26 @@ class MLAConfig:
 
         Raises ``NotImplementedError`` for biases and for scalings of rotary other than YaRN.
         """
-        return cls(**deepseek_settings(config))
+        if config.get("attention_bias"):
+            raise NotImplementedError("deepseek: attention_bias is true, expected projections without biases")
+        return cls(**cls._deepseek(config))
+
+    @classmethod
+    def _deepseek(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "width": config["hidden_size"],
+            "heads": config["num_attention_heads"],
+            "latent": config["kv_lora_rank"],
+            "query_latent": config.get("q_lora_rank"),
+            "nope_size": config["qk_nope_head_dim"],
+            "rope_size": config["qk_rope_head_dim"],
+            "value_size": config["v_head_dim"],
+            "rotary": deepseek_rotary(config),
+        }
 
 
-def deepseek_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of ``MLAConfig`` by the names that DeepSeek's configuration files have for them."""
-    if config.get("attention_bias"):
-        raise NotImplementedError("deepseek: attention_bias is true, expected projections without biases")
-    size = config["qk_rope_head_dim"]
+def deepseek_rotary(config: Mapping[str, Any]) -> Rotary:
+    """How a ``config.json`` of DeepSeek's turns the rotary channels."""
     # Older files have rope_theta and rope_scaling, newer ones both in rope_parameters.
     rope = {"rope_theta": config.get("rope_theta", 10000.0)} | dict(config.get("rope_scaling") or {})
     rope |= config.get("rope_parameters") or {}
@@ -108,17 +122,13 @@ def deepseek_settings(config: Mapping[str, Any]) -> dict[str, Any]:
             mscale=rope.get("mscale") or 1.0,
             mscale_all=rope.get("mscale_all_dim") or 0.0,
         )
-    style = "interleaved" if config.get("rope_interleave", True) else "half"
-    return {
-        "width": config["hidden_size"],
-        "heads": config["num_attention_heads"],
-        "latent": config["kv_lora_rank"],
-        "query_latent": config.get("q_lora_rank"),
-        "nope_size": config["qk_nope_head_dim"],
-        "rope_size": size,
-        "value_size": config["v_head_dim"],
-        "rotary": Rotary(size, rope["rope_theta"], style, scaling) if size else None,
-    }
+    neighbours = config.get("rope_interleave", True)
+    return Rotary(
+        config["qk_rope_head_dim"],
+        rope["rope_theta"],
+        style="interleaved" if neighbours else "half",
+        scaling=scaling,
+    )
 
 
 class MLAttention(nn.Module):

@@ -1,0 +1,119 @@
+"""Blocks of queries that score their keys, choose, and attend to the chosen, in the cheaper of two ways.
+
+``_gathered`` fetches the latents that each query chose and attends to them absorbed, which costs ``top`` keys a query
+however long the text is. ``_hidden`` hides the others among keys made once for all queries: for short texts, where most
+are chosen anyway. No block has more than ``NUMBERS`` scores, logits or fetched numbers, in the backward as well, where
+each block is computed again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnkit.blocks import joined, spans
+from attnkit.masks import causal
+from attnkit.mechanisms.dsa.indexer import choose, masked_scores, unmoved
+from attnkit.mechanisms.mla import mla_attention, mla_expand
+from attnkit.mechanisms.softmax import softmax_attention
+
+NUMBERS = 1 << 23
+"""32 MiB of float32."""
+
+
+def forward(
+    q: Tensor, latent: Tensor, kv_b: Tensor, index_q: Tensor, index_k: Tensor, index_w: Tensor, top: int, scale: float
+) -> Tensor:
+    if latent.shape[2] <= top:
+        o = mla_attention(q, latent, kv_b, mask=causal(), scale=scale)
+    else:
+        index = (index_q.detach(), index_k.detach(), index_w.detach())
+        way = _gathered if gathers(q, latent, kv_b, top) else _hidden
+        o = way(q, latent, kv_b, index, top, scale)
+    return unmoved(o, index_q, index_k, index_w)
+
+
+def gathers(q: Tensor, latent: Tensor, kv_b: Tensor, top: int) -> bool:
+    """Whether attending to fetched latents takes fewer multiply-adds than to all keys, a head."""
+    (_, _, m, d), (n, joined_), (_, rows, c) = q.shape, latent.shape[2:], kv_b.shape
+    e = rows - (d - (joined_ - c))
+    return m * (top * (c + joined_) + rows * c) <= m * n * (d + e) + n * rows * c
+
+
+def _gathered(q: Tensor, latent: Tensor, kv_b: Tensor, index: tuple[Tensor, ...], top: int, scale: float) -> Tensor:
+    (b, _, m, _), (n, joined_), j = q.shape, latent.shape[2:], index[0].shape[1]
+    size = max(1, NUMBERS // max(1, b * max(j * n, top * joined_ * latent.shape[1])))
+    blocks = [
+        (q[:, :, start:end], latent, kv_b, *_part(index, start, end), n - m + start, top, scale)
+        for start, end in spans(m, size)
+    ]
+    o: Tensor = joined(_fetched, blocks)
+    return o
+
+
+def _fetched(
+    q: Tensor,
+    latent: Tensor,
+    kv_b: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    index_w: Tensor,
+    first: int,
+    top: int,
+    scale: float,
+) -> Tensor:
+    """Every query as a sequence of its own, with the latents that it chose."""
+    b, h, m, d = q.shape
+    g, joined_ = latent.shape[1], latent.shape[3]
+    end = first + m
+    chosen = choose(masked_scores(index_q, index_k[:, :, :end], index_w, first), top)
+    place, count = listed(chosen, top), chosen.sum(-1)
+    batch = torch.arange(b, device=q.device)[:, None, None]
+    rows = latent.transpose(1, 2)[batch, place].reshape(b * m, top, g, joined_).transpose(1, 2)
+    few = torch.arange(top, device=q.device) < count.reshape(b * m, 1, 1) if first + 1 < top else None
+    alone = q.transpose(1, 2).reshape(b * m, h, 1, d)
+    o = mla_attention(alone, rows, kv_b, mask=few, scale=scale, backend="absorbed")
+    return o.reshape(b, m, h, o.shape[3]).transpose(1, 2)
+
+
+def listed(chosen: Tensor, top: int) -> Tensor:
+    """Places of the True of each row, ascending, int64 ``(b, m, top)``; 0 where a row has fewer."""
+    b, m, n = chosen.shape
+    slot = torch.where(chosen, chosen.cumsum(-1) - 1, top)  # all others share one slot, which is cut off
+    places = torch.arange(n, device=chosen.device).expand(b, m, n)
+    return torch.zeros(b, m, top + 1, dtype=torch.int64, device=chosen.device).scatter(-1, slot, places)[..., :top]
+
+
+def _hidden(q: Tensor, latent: Tensor, kv_b: Tensor, index: tuple[Tensor, ...], top: int, scale: float) -> Tensor:
+    (b, h, m, d), (n, joined_), j = q.shape, latent.shape[2:], index[0].shape[1]
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    k, v = mla_expand(latent.to(wide), kv_b.to(wide), nope=d - (joined_ - kv_b.shape[2]))
+    size = max(1, NUMBERS // max(1, b * max(j, h) * n))
+    blocks = [
+        (q[:, :, start:end].to(wide), k, v, *_part(index, start, end), n - m + start, top, scale)
+        for start, end in spans(m, size)
+    ]
+    o: Tensor = joined(_among_all, blocks)
+    return o.to(dtype)
+
+
+def _among_all(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    index_w: Tensor,
+    first: int,
+    top: int,
+    scale: float,
+) -> Tensor:
+    end = first + q.shape[2]
+    chosen = choose(masked_scores(index_q, index_k[:, :, :end], index_w, first), top)
+    o: Tensor = softmax_attention(q, k[:, :, :end], v[:, :, :end], mask=chosen, scale=scale)
+    return o
+
+
+def _part(index: tuple[Tensor, ...], start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+    index_q, index_k, index_w = index
+    return index_q[:, :, start:end], index_k, index_w[:, :, start:end]
