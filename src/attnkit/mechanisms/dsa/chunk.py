@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnkit.blocks import joined, spans
 from attnkit.masks import causal
-from attnkit.mechanisms.dsa.indexer import choose, masked_scores, unmoved
+from attnkit.mechanisms.dsa.indexer import choose, masked_scores, reach, unmoved
 from attnkit.mechanisms.mla import mla_attention, mla_expand
 from attnkit.mechanisms.softmax import softmax_attention
 
@@ -24,12 +24,15 @@ NUMBERS = 1 << 23
 def forward(
     q: Tensor, latent: Tensor, kv_b: Tensor, index_q: Tensor, index_k: Tensor, index_w: Tensor, top: int, scale: float
 ) -> Tensor:
-    if latent.shape[2] <= top:
-        o = mla_attention(q, latent, kv_b, mask=causal(), scale=scale)
-    else:
-        index = (index_q.detach(), index_k.detach(), index_w.detach())
+    m, n = q.shape[2], latent.shape[2]
+    early, parts = max(0, min(m, m + top - n)), []  # queries that see no more than ``top`` keys
+    if early or m == 0:
+        parts.append(mla_attention(q[:, :, :early], latent[:, :, : n - m + early], kv_b, mask=causal(), scale=scale))
+    if early < m:
         way = _gathered if gathers(q, latent, kv_b, top) else _hidden
-        o = way(q, latent, kv_b, index, top, scale)
+        index = (index_q.detach()[:, :, early:], index_k.detach(), index_w.detach()[:, :, early:])
+        parts.append(way(q[:, :, early:], latent, kv_b, index, top, scale))
+    o = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
     return unmoved(o, index_q, index_k, index_w)
 
 
@@ -65,19 +68,28 @@ def _fetched(
     """Every query as a sequence of its own, with the latents that it chose."""
     b, h, m, d = q.shape
     g, joined_ = latent.shape[1], latent.shape[3]
-    end = first + m
-    chosen = choose(masked_scores(index_q, index_k[:, :, :end], index_w, first), top)
-    place, count = listed(chosen, top), chosen.sum(-1)
-    batch = torch.arange(b, device=q.device)[:, None, None]
-    rows = latent.transpose(1, 2)[batch, place].reshape(b * m, top, g, joined_).transpose(1, 2)
-    few = torch.arange(top, device=q.device) < count.reshape(b * m, 1, 1) if first + 1 < top else None
+    seen = reach(first + m, latent.shape[2])
+    place = listed(choose(masked_scores(index_q, index_k[:, :, :seen], index_w, first), top), top)
+    rows = _rows(latent, place).reshape(b * m, top, g, joined_).transpose(1, 2)
     alone = q.transpose(1, 2).reshape(b * m, h, 1, d)
-    o = mla_attention(alone, rows, kv_b, mask=few, scale=scale, backend="absorbed")
+    o = mla_attention(alone, rows, kv_b, scale=scale, backend="absorbed")
     return o.reshape(b, m, h, o.shape[3]).transpose(1, 2)
 
 
+def _rows(latent: Tensor, place: Tensor) -> Tensor:
+    """Latents ``(b, m, top, g, c + r)`` at the places ``(b, m, top)``."""
+    (b, g, n, size), batch = latent.shape, torch.arange(latent.shape[0], device=latent.device)[:, None, None]
+    by_token = latent.transpose(1, 2)
+    if not latent.requires_grad:
+        return by_token[batch, place]  # a state's buffer may have gaps, and is not copied for a few rows
+    # Its backward adds up row by row, where that of an index sorts and takes several times the memory.
+    return (
+        by_token.reshape(b * n, g, size).index_select(0, (place + batch * n).flatten()).reshape(*place.shape, g, size)
+    )
+
+
 def listed(chosen: Tensor, top: int) -> Tensor:
-    """Places of the True of each row, ascending, int64 ``(b, m, top)``; 0 where a row has fewer."""
+    """Places of the ``top`` True of each row, ascending, int64 ``(b, m, top)``."""
     b, m, n = chosen.shape
     slot = torch.where(chosen, chosen.cumsum(-1) - 1, top)  # all others share one slot, which is cut off
     places = torch.arange(n, device=chosen.device).expand(b, m, n)
@@ -108,9 +120,11 @@ def _among_all(
     top: int,
     scale: float,
 ) -> Tensor:
-    end = first + q.shape[2]
-    chosen = choose(masked_scores(index_q, index_k[:, :, :end], index_w, first), top)
-    o: Tensor = softmax_attention(q, k[:, :, :end], v[:, :, :end], mask=chosen, scale=scale)
+    seen = reach(first + q.shape[2], k.shape[2])
+    chosen = choose(masked_scores(index_q, index_k[:, :, :seen], index_w, first), top)
+    # A bias and not a mask: masks are kept lowered, for whom asks again, and this one is never asked for again.
+    bias = torch.zeros(chosen.shape, dtype=q.dtype, device=q.device).masked_fill(~chosen, -torch.inf)
+    o: Tensor = softmax_attention(q, k[:, :, :seen], v[:, :, :seen], bias=bias[:, None], scale=scale)
     return o
 
 

@@ -7,13 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+KEYS = 1024
+"""Blocks of queries look at this many keys or a multiple: arrays of ever new sizes leave holes that none fits into."""
+
+
+def reach(end: int, n: int) -> int:
+    """Keys out of ``n`` that a block of queries before position ``end`` looks at."""
+    return min(n, -(-end // KEYS) * KEYS)
+
 
 def index_scores(index_q: Tensor, index_k: Tensor, index_w: Tensor) -> Tensor:
     """``sum_j w_j relu(q_j . k)`` of every pair, ``(b, m, n)``, float32 at least."""
     (b, j, m, i), (p, n) = index_q.shape, index_k.shape[1:3]
     wide = torch.promote_types(index_q.dtype, torch.float32)
     grouped = index_q.to(wide).reshape(b, p, j // p * m, i)
-    products = torch.relu(grouped @ index_k.to(wide).mT).reshape(b, j, m, n)
+    products = (grouped @ index_k.to(wide).mT).relu_().reshape(b, j, m, n)
     return torch.einsum("bjmn,bjm->bmn", products, index_w.to(wide))
 
 

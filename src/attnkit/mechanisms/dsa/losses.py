@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attnkit.blocks import joined, spans
-from attnkit.mechanisms.dsa.indexer import choose, masked_scores
+from attnkit.mechanisms.dsa.indexer import choose, masked_scores, reach
 from attnkit.mechanisms.mla import mla_expand
 
 NUMBERS = 1 << 23
@@ -42,11 +42,11 @@ def _divergences(
     q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, index_w: Tensor, first: int, top: int | None
 ) -> Tensor:
     """``(b, 1, m)``, of queries from position ``first`` on."""
-    end = first + q.shape[2]
-    scores = masked_scores(index_q, index_k[:, :, :end], index_w, first)
+    seen = reach(first + q.shape[2], k.shape[2])
+    scores = masked_scores(index_q, index_k[:, :, :seen], index_w, first)
     with torch.no_grad():
-        kept = choose(scores, end if top is None else top)
-        weights = (q @ k[:, :, :end].mT).masked_fill(~kept[:, None], -torch.inf).softmax(-1)
+        kept = choose(scores, seen if top is None else top)
+        weights = (q @ k[:, :, :seen].mT).masked_fill(~kept[:, None], -torch.inf).softmax(-1)
         target = weights.mean(1)
     log = scores.masked_fill(~kept, -torch.inf).log_softmax(-1).masked_fill(~kept, 0.0)
     return (torch.xlogy(target, target) - target * log).sum(-1)[:, None]
