@@ -175,13 +175,13 @@ def test_training_reaches_the_indexer_by_its_own_loss_alone() -> None:
         if parameter.grad is not None:
             assert (parameter.grad - got[name]).abs().max() < 1e-12, name
     layer.eval()
-    before = float(layer.loss(x, dense=True))
+    before = layer.loss(x, dense=True).item()
     optimizer = torch.optim.Adam([p for name, p in layer.named_parameters() if name.startswith("index")], lr=0.02)
     for _ in range(30):
         optimizer.zero_grad()
         layer.loss(x, dense=True).backward()
         optimizer.step()
-    assert float(layer.loss(x, dense=True)) < 0.7 * before
+    assert layer.loss(x, dense=True).item() < 0.7 * before
 
 
 def test_a_state_has_an_index_key_beside_the_latent() -> None:
