@@ -184,6 +184,20 @@ def test_training_reaches_the_indexer_by_its_own_loss_alone() -> None:
     assert layer.loss(x, dense=True).item() < 0.7 * before
 
 
+@pytest.mark.parametrize("n", [9, 150])
+def test_trains_under_autocast(n: int) -> None:
+    """Norms and the indexer's scores are float32 there, and what linear maps return is not."""
+    layer = DSAttention(tiny(top=200)).train()
+    x = torch.randn(1, n, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    exact = copy.deepcopy(layer).double()(x.double())
+    rounding = 4 * torch.finfo(torch.bfloat16).eps
+    assert (y - exact).square().mean().sqrt() < rounding * exact.square().mean().sqrt()
+
+
 def test_a_state_has_an_index_key_beside_the_latent() -> None:
     """DeepSeek-V3.2: 576 + 128 numbers a token and layer."""
     yarn = YaRN(40.0, 4096, mscale=1.0, mscale_all=1.0)

@@ -178,6 +178,20 @@ def test_a_cropped_state_goes_on_as_if_nothing_had_been_drafted() -> None:
     assert (y - layer(x)[:, 5:]).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("n", [9, 150])
+def test_trains_under_autocast(n: int) -> None:
+    """Norms and parameters are float32 there, and what linear maps return is not."""
+    layer = MLAttention(tiny(query_latent=5)).train()
+    x = torch.randn(1, n, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    exact = copy.deepcopy(layer).double()(x.double())
+    rounding = 4 * torch.finfo(torch.bfloat16).eps
+    assert (y - exact).square().mean().sqrt() < rounding * exact.square().mean().sqrt()
+
+
 def tiny(**settings: Any) -> MLAConfig:
     sizes = {"latent": 6, "nope_size": 5, "rope_size": 4, "value_size": 3} | settings
     return MLAConfig(16, 4, **{"rotary": Rotary(4, style="interleaved")} | sizes)

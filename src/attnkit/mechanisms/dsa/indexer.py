@@ -21,8 +21,9 @@ def index_scores(index_q: Tensor, index_k: Tensor, index_w: Tensor) -> Tensor:
     (b, j, m, i), (p, n) = index_q.shape, index_k.shape[1:3]
     wide = torch.promote_types(index_q.dtype, torch.float32)
     grouped = index_q.to(wide).reshape(b, p, j // p * m, i)
-    products = (grouped @ index_k.to(wide).mT).relu_().reshape(b, j, m, n)
-    return torch.einsum("bjmn,bjm->bmn", products, index_w.to(wide))
+    with torch.autocast(index_q.device.type, enabled=False):  # rounded scores would choose at random among near ones
+        products = (grouped @ index_k.to(wide).mT).relu_().reshape(b, j, m, n)
+        return torch.einsum("bjmn,bjm->bmn", products, index_w.to(wide))
 
 
 def masked_scores(index_q: Tensor, index_k: Tensor, index_w: Tensor, first: int) -> Tensor:

@@ -128,15 +128,14 @@ class DSAttention(MLAttention):
 
     def _projected(self, x: Tensor, start: int = 0) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
         """Arguments of ``dsa_attention``: latent attention's three and the indexer's three."""
-        c, source = self.config, self._source(x)
-        kv_b = self.kv_b.unflatten(0, (c.heads, -1))
-        main = self._queries(source, start), self._latents(x, start), kv_b
-        return main, self._index(x.detach(), source.detach(), start)
+        source = self._source(x)
+        q = self._queries(source, start)
+        return (q, self._latents(x, start), self._up(q)), self._index(x.detach(), source.detach(), start)
 
     def _index(self, x: Tensor, source: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
         q = self.index_q(source).unflatten(-1, (c.index_heads, c.index_size)).transpose(1, 2)
-        k = self.index_norm(self.index_k(x))[:, None]
+        k = self.index_norm(self.index_k(x))[:, None].to(q.dtype)  # autocast leaves norms in float32
         if c.rotary is not None:
             turning = replace(c.rotary, head_size=c.index_size, rotary_size=c.rope_size, style=c.index_style)
             positions = torch.arange(start, start + x.shape[1], device=x.device)

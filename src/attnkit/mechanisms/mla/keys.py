@@ -26,6 +26,6 @@ def mla_expand(latent: Tensor, kv_b: Tensor, *, nope: int) -> tuple[Tensor, Tens
     b, g, n, joined = latent.shape
     # Head i reads latent i // (h / g): consecutive heads share one.
     raised = torch.einsum("bgnc,grfc->bgrnf", latent[..., :c], kv_b.reshape(g, h // g, rows, c))
-    raised = raised.reshape(b, h, n, rows)
+    raised = raised.reshape(b, h, n, rows).to(latent.dtype)  # autocast rounds products
     shared = latent[:, :, None, :, c:].expand(-1, -1, h // g, -1, -1).reshape(b, h, n, joined - c)
     return torch.cat([raised[..., :nope], shared], -1), raised[..., nope:]

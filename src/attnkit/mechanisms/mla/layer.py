@@ -227,8 +227,13 @@ class MLAttention(nn.Module):
         """Latents and shared keys ``(b, 1, m, latent + rope_size)`` as the state keeps them."""
         c = self.config
         joined = self.kv_a(x)
-        normed = torch.cat([self.kv_norm(joined[..., : c.latent]), joined[..., c.latent :]], -1)
-        return self._turned(normed[:, None], c.latent, start)
+        normed = self.kv_norm(joined[..., : c.latent]).to(joined.dtype)  # autocast leaves norms in float32
+        return self._turned(torch.cat([normed, joined[..., c.latent :]], -1)[:, None], c.latent, start)
+
+    def _up(self, q: Tensor) -> Tensor:
+        """``kv_b`` as the function wants it, ``(h, nope_size + value_size, latent)`` in the queries' dtype."""
+        up: Tensor = self.kv_b.to(q.dtype).unflatten(0, (self.config.heads, -1))
+        return up
 
     def _turned(self, x: Tensor, first: int, start: int) -> Tensor:
         """``x`` ``(b, heads, m, size)`` with rotary on all channels from ``first`` on."""
@@ -239,8 +244,7 @@ class MLAttention(nn.Module):
 
     def _attend(self, q: Tensor, latent: Tensor, mask: Mask | None) -> Tensor:
         c = self.config
-        kv_b = self.kv_b.unflatten(0, (c.heads, -1))
-        return self._out(mla_attention(q, latent, kv_b, mask=mask, scale=c.logit_scale, backend=c.backend))
+        return self._out(mla_attention(q, latent, self._up(q), mask=mask, scale=c.logit_scale, backend=c.backend))
 
     def _out(self, o: Tensor) -> Tensor:
         y: Tensor = self.o(o.transpose(1, 2).flatten(2))
