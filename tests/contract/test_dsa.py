@@ -211,24 +211,28 @@ def test_a_state_has_an_index_key_beside_the_latent() -> None:
     assert state.nbytes == layer.cost(1, 100, dtype=torch.bfloat16).state_bytes(100) == 100 * (576 + 128) * 2
 
 
-@pytest.mark.parametrize("top", [6, 40])
-def test_equals_hugging_face(top: int) -> None:
-    """DeepSeek-V3.2's layer, whose weights ours takes: all tokens at once, and token by token."""
+@pytest.mark.parametrize(
+    ("model", "top"), [("deepseek_v32.DeepseekV32", 6), ("deepseek_v32.DeepseekV32", 40), ("glm_moe_dsa.GlmMoeDsa", 6)]
+)
+def test_equals_hugging_face(model: str, top: int) -> None:
+    """The layers of DeepSeek-V3.2 and GLM-5, whose weights ours takes: all tokens at once, and token by token."""
     transformers = pytest.importorskip("transformers", reason="transformers, the oracle of DSA, is not installed")
-    from transformers.models.deepseek_v32 import modeling_deepseek_v32 as code
+    from importlib import import_module
 
+    module, _, name = model.partition(".")
+    code = import_module(f"transformers.models.{module}.modeling_{module}")
     torch.manual_seed(0)
     n = 23
     rope = {
         "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 16,
         "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
     }  # fmt: skip
-    config = transformers.DeepseekV32Config(
+    config = getattr(transformers, f"{name}Config")(
         hidden_size=64, num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=24, q_lora_rank=20,
         qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12, index_n_heads=16, index_head_dim=16, index_topk=top,
         num_hidden_layers=1, rope_parameters=rope, attn_implementation="eager",
     )  # fmt: skip
-    theirs = code.DeepseekV32Attention(config, 0).eval()
+    theirs = getattr(code, f"{name}Attention")(config, 0).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter) if parameter.dim() == 1 else 0)
@@ -236,7 +240,7 @@ def test_equals_hugging_face(top: int) -> None:
     ours.load_deepseek(theirs.state_dict())
     x, positions = torch.randn(2, n, 64), torch.arange(n)[None]
     hidden = torch.zeros(1, 1, n, n).masked_fill(~attnkit.causal().dense(n, n), torch.finfo(torch.float32).min)
-    turn = code.DeepseekV32RotaryEmbedding(config)
+    turn = getattr(code, f"{name}RotaryEmbedding")(config)
 
     def run(layer: Any, x: Tensor, start: int, cache: Any = None) -> Tensor:
         end = start + x.shape[1]

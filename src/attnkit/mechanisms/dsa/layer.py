@@ -55,7 +55,9 @@ class DSAConfig(MLAConfig):
     @classmethod
     def _deepseek(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         index = {"index_heads": "index_n_heads", "index_size": "index_head_dim", "top": "index_topk"}
-        return super()._deepseek(config) | {ours: config[theirs] for ours, theirs in index.items()}
+        # GLM-5's file does not say so, but its indexer pairs neighbours.
+        style = {"index_style": "interleaved"} if config.get("model_type") == "glm_moe_dsa" else {}
+        return super()._deepseek(config) | {ours: config[theirs] for ours, theirs in index.items()} | style
 
 
 class DSAttention(MLAttention):
