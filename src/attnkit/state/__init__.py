@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from attnkit.state.compressed import Closed, CompressedState
 from attnkit.state.kv import KVState
+from attnkit.state.latent import LatentState
 from attnkit.state.layered import LayeredState, State
 from attnkit.state.pooled import PooledState
-from attnkit.state.latent import LatentState
 from attnkit.state.pyramid import PyramidState
 from attnkit.state.recurrent import RecurrentState
 from attnkit.state.rewritten import RewrittenState
@@ -19,9 +19,9 @@ __all__ = [
     "Closed",
     "CompressedState",
     "KVState",
+    "LatentState",
     "LayeredState",
     "PooledState",
-    "LatentState",
     "PyramidState",
     "RecurrentState",
     "RewrittenState",
