@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 
 from attnkit.report import kernel_table, pictures, table
 from attnkit.report import units as u
-from attnkit.report.measures import bits_per_byte, hardest
+from attnkit.report.measures import backends, bits_per_byte, hardest
 from attnkit.report.results import Place, read
 
 Line = dict[str, Any]
@@ -37,6 +37,12 @@ def test_a_wide_terminal_gets_one_table_and_a_narrow_one_two_parts(full_run: lis
     assert sum(line.startswith("MHA") for line in shown(table(full_run), 200)) == 1
     assert sum(line.startswith("MHA") for line in shown(table(full_run), 80)) == 2
     assert "Backends: cpu, train sdpa." in "\n".join(shown(table(full_run), 80))
+
+
+def test_backends_are_named_once_each(make_run: MakeRun) -> None:
+    ran = {"prefill_backend": "chunk+cpu", "decode_backend": "cpu"}
+    lines = [x | ran if x["kind"] == "speed" else x | {"backend": "chunk+sdpa"} for x in make_run(rows=("mha",))]
+    assert [backends(row) for row in read(lines).rows] == ["chunk+cpu, train sdpa"]
 
 
 def test_best_is_marked_only_alone_and_beyond_the_noise(make_run: MakeRun) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -131,7 +132,7 @@ def fit(model: nn.Module, batches: Iterator[Batch], training: Training, *, progr
             group["lr"] = training.matrix_rate * share
         for group in adamw.param_groups:
             group["lr"] = training.rate * share
-        with torch.autocast("cpu", torch.bfloat16, enabled=training.bfloat16 and HAS_BFLOAT16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=training.bfloat16 and HAS_BFLOAT16), _unfused_norms():
             logits = model(batch.tokens)
         # Each sequence weighs the same: copying asks for most of a sequence, recall for little, and would not be heard.
         asked = (batch.targets != NOT_ASKED).sum(1).clamp(min=1)
@@ -147,6 +148,11 @@ def fit(model: nn.Module, batches: Iterator[Batch], training: Training, *, progr
             losses.clear()
         progress((step + 1) / training.steps)
     return Fit(tokens, time.perf_counter() - start, tuple(curve))
+
+
+def _unfused_norms() -> warnings.catch_warnings[None]:
+    """Norms keep float32 weights under autocast, and torch warns that it has no fused kernel for the mixture."""
+    return warnings.catch_warnings(action="ignore", category=UserWarning)
 
 
 @torch.no_grad()

@@ -157,9 +157,14 @@ def token_bytes(row: Row) -> str:
     return units.size(row.speed.token_bytes) if row.speed.token_bytes else "fixed"
 
 
+def _each(*joined: str) -> list[str]:
+    """Backends of calls that ran one or several, ``chunk+cpu``, each once."""
+    return list(dict.fromkeys(name for names in joined for name in names.split("+") if name))
+
+
 def backends(row: Row) -> str:
     """What ran: ``cpu, train sdpa``; what trained is named only where it is another."""
-    ran = [row.speed.prefill_backend, row.speed.decode_backend] if row.speed else []
-    trained = sorted({run.backend for run in row.text.values()} - set(ran))
-    text = "+".join(dict.fromkeys(ran))
+    ran = _each(row.speed.prefill_backend, row.speed.decode_backend) if row.speed else []
+    trained = [name for name in _each(*(run.backend for run in row.text.values())) if name not in ran]
+    text = "+".join(ran)
     return ", ".join(filter(None, (text, f"train {'+'.join(trained)}" if trained else ""))) or "–"
