@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -150,9 +151,12 @@ def fit(model: nn.Module, batches: Iterator[Batch], training: Training, *, progr
     return Fit(tokens, time.perf_counter() - start, tuple(curve))
 
 
-def _unfused_norms() -> warnings.catch_warnings[None]:
+@contextmanager
+def _unfused_norms() -> Iterator[None]:
     """Norms keep float32 weights under autocast, and torch warns that it has no fused kernel for the mixture."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+        yield
 
 
 @torch.no_grad()
