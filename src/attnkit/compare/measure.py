@@ -143,6 +143,7 @@ def speed(rows: Sequence[Row], plan: SpeedPlan, progress: Progress) -> list[Line
             {
                 "kind": "speed",
                 "row": subject.row.name,
+                "name": subject.row.title,
                 "prefill_tokens_per_second": round(plan.prompt / prefill[index].seconds, 1),
                 "prefill_backend": prefill[index].backend,
                 "decode": [

@@ -216,6 +216,8 @@ def read(lines: Iterable[Line]) -> Results:
     for number, line in enumerate(lines, 1):
         kind = line.get("kind") if isinstance(line, Mapping) else None
         try:
+            if isinstance(line, Mapping) and "name" in line and row_of(line).title == line["row"]:
+                row_of(line).title = str(line["name"])
             if kind == "run":
                 _check_format(line)
                 run = line
@@ -319,7 +321,7 @@ def _add_picture(row: Row, line: Line) -> None:
     drawn = (text.split() for text in str(line["picture"]).splitlines())
     cells = tuple(tuple(levels[c] for c in cells) for cells in drawn if cells and all(c in levels for c in cells))
     picture = Picture(str(line["title"]), int(line["n"]), cells)
-    row.title = str(line.get("name", picture.title)) if row.title == row.id else row.title
+    row.title = picture.title if row.title == row.id else row.title
     row.pictures = [old for old in row.pictures if old.title != picture.title] + [picture]
 
 
