@@ -133,7 +133,6 @@ def test_numbers_read_well() -> None:
 
 def test_a_row_without_a_mask_has_its_title_from_its_speed(make_run: MakeRun) -> None:
     lines = [x for x in make_run(rows=("mha", "window")) if x["kind"] != "mask"]
-    named = [
-        x | {"name": "Kimi Delta Attention"} if x["kind"] == "speed" and x["row"] == "window" else x for x in lines
-    ]
+    name = {"name": "Kimi Delta Attention"}
+    named = [x | name if x["kind"] == "speed" and x["row"] == "window" else x for x in lines]
     assert [row.label for row in read(named).rows] == ["mha", "Kimi Delta Attention"]
