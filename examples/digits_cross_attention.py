@@ -2,7 +2,7 @@
 
 The images are scikit-learn's 1,797 handwritten digits of 8 x 8 pixels (it comes with the `dev` extra), as 16 patches of
 2 x 2; the text is a question of one word, "name", "parity" or "size", and its answer spelled in letters.
-`python examples/digits_cross_attention.py --mixer softmax` (or `additive`) trains for one to two minutes and
+`python examples/digits_cross_attention.py --mixer softmax` (or `additive`, `hard`) trains for one to two minutes and
 prints how often a whole answer about an image never trained on is right.
 """
 
@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import attnkit
 from attnkit.mechanisms.additive import AdditiveAttention, AdditiveConfig
+from attnkit.mechanisms.hard import HardAttention, HardConfig
 from attnkit.mechanisms.softmax import SoftmaxAttention, SoftmaxConfig
 from attnkit.models.decoder import DecoderConfig
 from attnkit.models.encoder import EncoderConfig
@@ -39,7 +40,8 @@ def mixer(name: str, causal: bool, positions: bool) -> nn.Module:
     if name == "additive":
         return AdditiveAttention(AdditiveConfig(WIDTH, HEADS, mask=mask))
     rotary = Rotary(WIDTH // HEADS) if positions else None
-    return SoftmaxAttention(SoftmaxConfig(WIDTH, HEADS, mask=mask, rotary=rotary))
+    layer, config = (HardAttention, HardConfig) if name == "hard" else (SoftmaxAttention, SoftmaxConfig)
+    return layer(config(WIDTH, HEADS, mask=mask, rotary=rotary))
 
 
 def patches() -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +67,7 @@ def texts(digits: torch.Tensor, questions: list[str]) -> torch.Tensor:
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--mixer", choices=("softmax", "additive"), default="softmax")
+parser.add_argument("--mixer", choices=("softmax", "additive", "hard"), default="softmax")
 parser.add_argument("--steps", type=int, default=1500)
 options = parser.parse_args()
 
