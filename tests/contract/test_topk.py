@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 import attnkit
 from attnkit.mechanisms.topk import TopKConfig, chunk, topk_attention
@@ -138,3 +139,32 @@ def test_refusals(wrong: dict[str, Any], error: type[Exception], said: str) -> N
 def test_a_configuration_needs_one_of_the_two() -> None:
     with pytest.raises(ValueError, match="TopKConfig: neither top nor density is given"):
         TopKConfig(16, 2)
+
+
+@pytest.mark.parametrize(("n", "top"), [(11, 3), (40, 8), (5, 8)])
+def test_equals_doge(n: int, top: int) -> None:
+    """Hugging Face's Doge keeps the keys that a score of their values ranks first. Without queries that score is all.
+
+    Its logits are then those of one-channel keys against queries of 1; an output map follows.
+    """
+    from transformers import DogeConfig
+    from transformers.models.doge.modeling_doge import DogeAttention
+
+    torch.manual_seed(n)
+    # Its eager attention rounds weights to float32.
+    config = DogeConfig(
+        hidden_size=24, num_attention_heads=6, num_key_value_heads=2, keep_window_size=top, attn_implementation="sdpa"
+    )
+    layer = DogeAttention(config, 0).double().eval()
+    x, turned = torch.randn(2, n, 24, dtype=torch.float64), (torch.ones(1, n, 4), torch.zeros(1, n, 4))
+    with torch.no_grad():
+        torch.nn.init.zeros_(layer.q_proj.weight)
+        torch.nn.init.normal_(layer.A)
+        theirs, _ = layer(x, turned, attnkit.causal().dense(n, n))
+        values = layer.v_proj(x)
+        score = (layer.A * softplus(layer.dt_proj(values))).exp().mT[..., None]
+        v = values.unflatten(-1, (2, 4)).transpose(1, 2)
+        for backend in BACKENDS:
+            q = torch.ones(2, 6, n, 1, dtype=torch.float64)
+            o = topk_attention(q, score, v, top=top, mask=attnkit.causal(), scale=1.0, backend=backend)
+            assert (layer.o_proj(o.transpose(1, 2).flatten(2)) - theirs).abs().max() < 1e-12
