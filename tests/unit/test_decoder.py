@@ -54,6 +54,17 @@ def test_any_split_into_steps_gives_the_logits_of_one_pass(name: str) -> None:
     assert_within(torch.cat(parts, 1), gold, whole, torch.float32)
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_train_under_autocast(name: str) -> None:
+    """As ``attnkit compare`` trains them: linear maps return bfloat16, norms and parameters are float32."""
+    model, tokens = decoder(name).train(), torch.randint(VOCAB, (2, 40))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens)
+    logits.float().logsumexp(-1).sum().backward()
+    slopes = {name: x.grad for name, x in model.named_parameters() if x.requires_grad}
+    assert [name for name, slope in slopes.items() if slope is not None and not slope.isfinite().all()] == []
+
+
 def test_a_fresh_decoder_predicts_from_its_last_token_alone() -> None:
     model, tokens = Decoder(DecoderConfig(VOCAB, WIDTH, LAYERS), mixer("mha")), torch.randint(VOCAB, (1, 9))
     changed = tokens.clone()

@@ -69,7 +69,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block: int, scale: f
     first, learns = n - m, torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if m > 1 or learns:  # for one query no copy of everything: its few blocks are fetched key by key
         k, v = (pad(x, (0, 0, 0, -n % block)).contiguous() for x in (k, v))
-    o = _Attend.apply(q, k, v, chosen, first, None if causal else n, block, scale)  # type: ignore[no-untyped-call]
+    with torch.autocast(q.device.type, enabled=False):  # the backward, which it does not reach, mixes no types either
+        o = _Attend.apply(q, k, v, chosen, first, None if causal else n, block, scale)  # type: ignore[no-untyped-call]
     return o
 
 
