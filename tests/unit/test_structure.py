@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A module imports from its own group and from those before it.
 GROUPS = (
     ("spec", "dispatch", "shapes", "masks", "positions", "noise", "blocks", "convolution", "recurrence"),
-    ("state", "native", "gpu"),
+    ("state", "projected", "native", "gpu"),
     ("mechanisms",),
     ("registry",),
     ("",),  # attnkit/__init__.py, which only gathers public names

@@ -47,6 +47,7 @@ __all__ = [
     "fixed",
     "full",
     "global_tokens",
+    "joined",
     "padding",
     "predicate",
     "prefix",
@@ -171,6 +172,11 @@ def predicate(
     Say ``batches=`` or ``heads=`` when it depends on them. Keep one function object: lowerings are kept by identity.
     """
     return Predicate(function, batches, heads)
+
+
+def joined(one: Mask | None, other: Mask | None) -> Mask | None:
+    """What both let through; None is no mask, which lets everything."""
+    return one & other if one is not None and other is not None else one or other
 
 
 def checked(where: str, mask: Mask | Tensor | None, b: int, h: int, m: int, n: int) -> Mask | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from attnkit.masks import Mask, causal
+from attnkit.masks import Mask, causal, joined
 from attnkit.mechanisms.additive import additive_attention, cost
 from attnkit.spec import Cost, Sizes
 from attnkit.state import KVState
@@ -73,8 +73,7 @@ class AdditiveAttention(nn.Module):
         but ``mask``. Returns ``(b, m, width)``.
         """
         own = self.config.mask if context is None else None
-        joined = own & mask if own is not None and mask is not None else own or mask
-        return self._attend(self._heads(self.q(x)), *self._keys(x if context is None else context), joined)
+        return self._attend(self._heads(self.q(x)), *self._keys(x if context is None else context), joined(own, mask))
 
     def state(
         self,

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnkit.masks import Mask, random_blocks
 from attnkit.masks.held import Padding
 from attnkit.mechanisms.bigbird import bigbird_attention, cost
 from attnkit.positions import Rotary
+from attnkit.projected import Projected, check_heads, check_rotary
 from attnkit.shapes import check_groups
 from attnkit.spec import Cost, Sizes
 
@@ -36,20 +37,14 @@ class BigBirdConfig:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width < 1 or self.width % self.heads:
-            raise ValueError(
-                f"BigBirdConfig: got width {self.width} and {self.heads} heads, expected a width that heads divide"
-            )
+        check_heads("BigBirdConfig", self.width, self.heads)
         check_groups("BigBirdConfig", self.heads, self.groups)
         if self.block < 1 or self.random < 0 or self.window < 1 or self.window % 2 == 0:
             raise ValueError(
                 f"BigBirdConfig: block is {self.block}, window {self.window} and random {self.random}, expected a "
                 f"block of at least 1, an odd window and at least 0 random blocks"
             )
-        if self.rotary is not None and self.rotary.head_size != self.head_size:
-            raise ValueError(
-                f"BigBirdConfig: rotary is made for head size {self.rotary.head_size}, heads have {self.head_size}"
-            )
+        check_rotary("BigBirdConfig", self.rotary, self.head_size)
 
     @property
     def groups(self) -> int:
@@ -65,19 +60,13 @@ class BigBirdConfig:
         return 2 * self.random + 5
 
 
-class BigBirdAttention(nn.Module):
+class BigBirdAttention(Projected):
     """BigBird attention on ``(b, n, width)``; projections start as N(0, 1/width)."""
 
     def __init__(self, config: BigBirdConfig) -> None:
-        super().__init__()
-        self.config = c = config
-        self.q = nn.Linear(c.width, c.width, bias=c.bias)
-        self.k, self.v = (nn.Linear(c.width, c.groups * c.head_size, bias=c.bias) for _ in range(2))
-        self.o = nn.Linear(c.width, c.width, bias=c.bias)
-        for linear in (self.q, self.k, self.v, self.o):
-            nn.init.normal_(linear.weight, std=c.width**-0.5)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        c = config
+        super().__init__(c.width, c.heads, c.groups, c.head_size, rotary=c.rotary, bias=c.bias)
+        self.config = c
 
     def forward(self, x: Tensor, *, mask: Mask | None = None) -> Tensor:
         """Attend within ``x`` ``(b, n, width)``; returns the same shape. ``mask`` is ``attnkit.padding(keep)`` or None.
@@ -87,17 +76,12 @@ class BigBirdAttention(nn.Module):
         c, n = self.config, x.shape[1]
         if mask is not None and not isinstance(mask, Padding):
             raise NotImplementedError(f"BigBirdAttention got the mask {mask!r}, expected attnkit.padding(keep)")
-        q, k, v = (y.unflatten(-1, (-1, c.head_size)).transpose(1, 2) for y in (self.q(x), self.k(x), self.v(x)))
-        if c.rotary is not None:
-            positions = torch.arange(n, device=x.device)
-            q, k = c.rotary.rotate(q, positions), c.rotary.rotate(k, positions)
         keep = None if mask is None else mask.tensor.to(x.device).expand(len(x), -1)
         blocks = -(-n // c.block)
         random = c.random if blocks > c.full_blocks else blocks
         drawn = _drawn(blocks, c.window, random, c.heads, c.seed).to(x.device)
-        o = bigbird_attention(q, k, v, drawn, block=c.block, window=c.window, keep=keep, backend=c.backend)
-        y: Tensor = self.o(o.transpose(1, 2).flatten(2))
-        return y
+        o = bigbird_attention(*self._project(x, 0), drawn, block=c.block, window=c.window, keep=keep, backend=c.backend)
+        return self._out(o)
 
     def cost(self, m: int, n: int, *, batch: int = 1, dtype: torch.dtype = torch.float32) -> Cost:
         """What the attention of ``n`` tokens takes; ``m`` is ``n``, for there is no decoding."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from attnkit.mechanisms.castle import castle_attention, castle_attention_step, cost
 from attnkit.positions import Rotary
+from attnkit.projected import check_rotary
 from attnkit.spec import Cost, Sizes
 from attnkit.state import RewrittenState
 
@@ -44,10 +45,7 @@ class CastleConfig:
             raise ValueError(
                 f"CastleConfig: window is {self.window}, expected at least 1, or None for all later tokens"
             )
-        if self.rotary is not None and self.rotary.head_size != self.size:
-            raise ValueError(
-                f"CastleConfig: rotary is made for head size {self.rotary.head_size}, heads have {self.size}"
-            )
+        check_rotary("CastleConfig", self.rotary, self.size)
 
     @property
     def size(self) -> int:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from attnkit.masks import Mask, causal
 from attnkit.mechanisms.differential import cost, differential_attention
 from attnkit.positions import Rotary
+from attnkit.projected import MaskedAttention
 from attnkit.shapes import check_groups
 from attnkit.spec import Cost, Sizes
-from attnkit.state import KVState
 
 
 def initial_share(layer: int) -> float:
@@ -70,25 +70,22 @@ class DifferentialConfig:
         return self.head_size // 2
 
 
-class DifferentialAttention(nn.Module):
+class DifferentialAttention(MaskedAttention):
     """Differential attention on ``(b, n, width)``; ``forward`` for whole sequences, ``step`` through a state.
 
     The share is ``exp(q1 . k1) - exp(q2 . k2) + initial_share`` of four vectors that all heads have in common. They
     start as N(0, 0.1^2), so that it starts near ``initial_share``, projections as N(0, 1/width).
     """
 
+    config: DifferentialConfig
+
     def __init__(self, config: DifferentialConfig) -> None:
-        super().__init__()
-        self.config = c = config
-        self.q = nn.Linear(c.width, c.width, bias=False)
-        self.k, self.v = (nn.Linear(c.width, c.groups * c.head_size, bias=False) for _ in range(2))
-        self.o = nn.Linear(c.width, c.width, bias=False)
-        for linear in (self.q, self.k, self.v, self.o):
-            nn.init.normal_(linear.weight, std=c.width**-0.5)
+        c = config
+        super().__init__(c.width, c.heads, c.groups, c.head_size, rotary=c.rotary, qk_norm=c.qk_norm, norm_size=c.half)
+        self.config = c
         self.share_q1, self.share_k1, self.share_q2, self.share_k2 = (
             nn.Parameter(0.1 * torch.randn(c.half)) for _ in range(4)
         )
-        self.q_norm, self.k_norm = (nn.RMSNorm(c.half) if c.qk_norm else nn.Identity() for _ in range(2))
         self.o_norm = nn.RMSNorm(c.head_size, eps=c.eps, elementwise_affine=c.weighted_norm)
 
     @property
@@ -98,54 +95,18 @@ class DifferentialAttention(nn.Module):
         one, two = self.share_q1.to(work) @ self.share_k1.to(work), self.share_q2.to(work) @ self.share_k2.to(work)
         return one.exp() - two.exp() + self.config.initial_share
 
-    def forward(self, x: Tensor, *, mask: Mask | None = None) -> Tensor:
-        """Attend within ``x`` ``(b, n, width)``; returns the same shape.
-
-        ``mask`` joins the layer's own, for what belongs to the batch: padding, documents.
-        """
-        own = self.config.mask
-        joined = own & mask if own is not None and mask is not None else own or mask
-        return self._attend(*self._project(x, 0), joined)
-
-    def state(
-        self,
-        batch: int,
-        capacity: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> KVState:
-        """An empty state for ``capacity`` tokens: keys of both halves, rotated, and values."""
-        c = self.config
-        if c.mask is None:
-            raise ValueError("a bidirectional layer cannot decode: give it a causal mask")
-        return KVState(batch, c.groups, capacity, c.head_size, dtype=dtype, device=device)
-
-    def step(self, x: Tensor, state: KVState) -> tuple[Tensor, KVState]:
-        """Feed the next token or tokens ``x`` ``(b, m, width)``; any split of a sequence gives ``forward``'s rows."""
-        q, k, v = self._project(x, state.length)
-        view, mask = state.append(k, v).for_queries(self.config.mask, x.shape[1])
-        return self._attend(q, view.k, view.v, mask), state
-
     def cost(self, m: int, n: int, *, batch: int = 1, dtype: torch.dtype = torch.float32) -> Cost:
         """What the attention of ``m`` new tokens over ``n`` takes, and the state that holds ``n``."""
         c = self.config
         return cost(Sizes(batch, c.heads, c.groups, m, n, c.half, c.head_size), mask=c.mask, itemsize=dtype.itemsize)
 
-    def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (y(x).unflatten(-1, (-1, self.config.head_size)).transpose(1, 2) for y in (self.q, self.k, self.v))
-        positions = torch.arange(start, start + x.shape[1], device=x.device)
-        return self._placed(self.q_norm, q, positions), self._placed(self.k_norm, k, positions), v
+    def _placed(self, norm: nn.Module, y: Tensor, positions: Tensor) -> Tensor:
+        """``y`` ``(b, h, n, 2 d)`` with each half normed and turned on its own."""
+        placed = super()._placed
+        return torch.cat([placed(norm, half, positions) for half in y.chunk(2, -1)], -1)
 
-    def _placed(self, norm: nn.Module, x: Tensor, positions: Tensor) -> Tensor:
-        """``x`` ``(b, h, n, 2 d)`` with each half normed and turned on its own."""
-        halves = [norm(half) for half in x.chunk(2, -1)]
-        if self.config.rotary is not None:
-            halves = [self.config.rotary.rotate(half, positions) for half in halves]
-        return torch.cat(halves, -1)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
+    def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
         c = self.config
         o = differential_attention(q, k, v, self.share.expand(c.heads), mask=mask, backend=c.backend)
-        y: Tensor = self.o((1 - c.initial_share) * self.o_norm(o).transpose(1, 2).flatten(2))
-        return y
+        normed: Tensor = (1 - c.initial_share) * self.o_norm(o)
+        return normed

@@ -5,26 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnkit.mechanisms.h_transformer import cost, h_transformer_attention, h_transformer_attention_step
 from attnkit.positions import Rotary
-from attnkit.shapes import check_groups
+from attnkit.projected import Heads, Projected, check_rotary
 from attnkit.spec import Cost, Sizes
 from attnkit.state import SummaryState
 
 
 @dataclass(frozen=True)
-class HTransformerConfig:
+class HTransformerConfig(Heads):
     """An H-Transformer-1D layer; ``block`` is how many tokens a block of the finest level has.
 
     Rotary positions are turned in before keys are averaged, so that a mean keeps what turns slowly. ``kv_heads`` None
     is one KV head a query head; ``qk_norm`` normalises queries and keys.
     """
 
-    width: int
-    heads: int
-    kv_heads: int | None = None
     block: int = 16
     causal: bool = True
     rotary: Rotary | None = None
@@ -32,42 +29,22 @@ class HTransformerConfig:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width < 1 or self.width % self.heads:
-            raise ValueError(
-                f"HTransformerConfig: got width {self.width} and {self.heads} heads, expected a width that heads divide"
-            )
-        check_groups("HTransformerConfig", self.heads, self.groups)
+        super().__post_init__()
         if self.block < 1:
             raise ValueError(f"HTransformerConfig: block is {self.block}, expected at least 1")
-        if self.rotary is not None and self.rotary.head_size != self.head_size:
-            raise ValueError(
-                f"HTransformerConfig: rotary is made for head size {self.rotary.head_size}, heads have {self.head_size}"
-            )
-
-    @property
-    def groups(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
+        check_rotary("HTransformerConfig", self.rotary, self.head_size)
 
 
-class HTransformerAttention(nn.Module):
+class HTransformerAttention(Projected):
     """H-Transformer-1D on ``(b, n, width)``; ``forward`` for whole sequences, ``step`` for decoding through a state.
 
     Projections start as N(0, 1/width).
     """
 
     def __init__(self, config: HTransformerConfig) -> None:
-        super().__init__()
-        self.config = c = config
-        self.q = nn.Linear(c.width, c.width, bias=False)
-        self.k, self.v = (nn.Linear(c.width, c.groups * c.head_size, bias=False) for _ in range(2))
-        self.o = nn.Linear(c.width, c.width, bias=False)
-        for linear in (self.q, self.k, self.v, self.o):
-            nn.init.normal_(linear.weight, std=c.width**-0.5)
-        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_size) if c.qk_norm else nn.Identity() for _ in range(2))
+        c = config
+        super().__init__(c.width, c.heads, c.groups, c.head_size, rotary=c.rotary, qk_norm=c.qk_norm)
+        self.config = c
 
     def forward(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """Attend within ``x`` ``(b, n, width)``, true ``lengths`` ``(b,)`` if not causal; returns the same shape."""
@@ -104,16 +81,3 @@ class HTransformerAttention(nn.Module):
         c = self.config
         sizes = Sizes(batch, c.heads, c.groups, m, n, c.head_size, c.head_size)
         return cost(sizes, block=c.block, causal=c.causal, itemsize=dtype.itemsize)
-
-    def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        size = self.config.head_size
-        q, k, v = (linear(x).unflatten(-1, (-1, size)).transpose(1, 2) for linear in (self.q, self.k, self.v))
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.rotary is not None:
-            positions = torch.arange(start, start + x.shape[1], device=x.device)
-            q, k = self.config.rotary.rotate(q, positions), self.config.rotary.rotate(k, positions)
-        return q, k, v
-
-    def _out(self, o: Tensor) -> Tensor:
-        y: Tensor = self.o(o.transpose(1, 2).flatten(2))
-        return y

@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attnkit.masks import Mask, causal
+from attnkit.masks import Mask, causal, joined
 from attnkit.mechanisms.hard import cost, hard_attention
 from attnkit.positions import Rotary
-from attnkit.shapes import check_groups
+from attnkit.projected import Heads, Projected, check_rotary
 from attnkit.spec import Cost, Sizes
 from attnkit.state import KVState
 
 
 @dataclass(frozen=True)
-class HardConfig:
+class HardConfig(Heads):
     """A hard attention layer.
 
     ``kind`` is how it trains: "argmax" or "gumbel", both straight-through; ``draw`` is for REINFORCE. Evaluation takes
@@ -26,9 +26,6 @@ class HardConfig:
     head, ``mask`` None is bidirectional.
     """
 
-    width: int
-    heads: int
-    kv_heads: int | None = None
     kind: Literal["argmax", "gumbel"] = "argmax"
     temperature: float = 1.0
     seed: int | None = None
@@ -38,42 +35,23 @@ class HardConfig:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width < 1 or self.width % self.heads:
-            raise ValueError(
-                f"HardConfig: got width {self.width} and {self.heads} heads, expected a width that heads divide"
-            )
-        check_groups("HardConfig", self.heads, self.groups)
+        super().__post_init__()
         if self.kind not in ("argmax", "gumbel"):
             raise ValueError(f"HardConfig: kind is {self.kind!r}, expected 'argmax' or 'gumbel': call draw to sample")
-        if self.rotary is not None and self.rotary.head_size != self.head_size:
-            raise ValueError(
-                f"HardConfig: rotary is made for head size {self.rotary.head_size}, heads have {self.head_size}"
-            )
-
-    @property
-    def groups(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
+        check_rotary("HardConfig", self.rotary, self.head_size)
 
 
-class HardAttention(nn.Module):
+class HardAttention(Projected):
     """Hard attention on ``(b, n, width)``; ``forward`` for whole sequences, ``step`` for decoding through a state.
 
     Projections start as N(0, 1/width), so that logits have the unit scale that the noise has as well.
     """
 
     def __init__(self, config: HardConfig) -> None:
-        super().__init__()
-        self.config = c = config
+        c = config
+        super().__init__(c.width, c.heads, c.groups, c.head_size, rotary=c.rotary, qk_norm=c.qk_norm)
+        self.config = c
         self.temperature = c.temperature
-        self.q, self.o = (nn.Linear(c.width, c.width, bias=False) for _ in range(2))
-        self.k, self.v = (nn.Linear(c.width, c.groups * c.head_size, bias=False) for _ in range(2))
-        for linear in (self.q, self.k, self.v, self.o):
-            nn.init.normal_(linear.weight, std=c.width**-0.5)
-        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_size) if c.qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, mask: Mask | None = None) -> Tensor:
         """Attend within ``x`` ``(b, m, width)``, or from ``x`` to ``context`` ``(b, n, width)`` (cross-attention).
@@ -91,9 +69,9 @@ class HardAttention(nn.Module):
         Returns ``(b, m, width)``, whose gradient does not reach the scores, and the choices' log-probabilities and
         their entropies, ``(b, heads, m)`` each, whose gradients do. ``seed`` replays the draw.
         """
-        q, k, v, joined = self._sequence(x, context, mask)
+        q, k, v, seen = self._sequence(x, context, mask)
         o, log_prob, entropy = hard_attention(
-            q, k, v, mask=joined, kind="sample", seed=seed, return_log_prob=True, backend=self.config.backend
+            q, k, v, mask=seen, kind="sample", seed=seed, return_log_prob=True, backend=self.config.backend
         )
         return self._out(o), log_prob, entropy
 
@@ -116,7 +94,7 @@ class HardAttention(nn.Module):
 
         In evaluation, that is: a layer in training draws new noise at each call.
         """
-        q, k, v = self._project(x, x, state.length)
+        q, k, v = self._project(x, state.length)
         view = state.append(k, v)
         return self._out(self._attend(q, view.k, view.v, self.config.mask)), state
 
@@ -129,22 +107,10 @@ class HardAttention(nn.Module):
     def _sequence(
         self, x: Tensor, context: Tensor | None, mask: Mask | None
     ) -> tuple[Tensor, Tensor, Tensor, Mask | None]:
-        if context is not None:
-            return *self._project(x, context, None), mask
-        own = self.config.mask
-        return *self._project(x, x, 0), own & mask if own is not None and mask is not None else own or mask
-
-    def _project(self, x: Tensor, source: Tensor, start: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values; with positions from ``start`` on unless it is None."""
-        c = self.config
-        q, k, v = (
-            y.unflatten(-1, (-1, c.head_size)).transpose(1, 2) for y in (self.q(x), self.k(source), self.v(source))
-        )
-        q, k = self.q_norm(q), self.k_norm(k)
-        if c.rotary is not None and start is not None:
-            positions = torch.arange(start, start + x.shape[1], device=x.device)
-            q, k = c.rotary.rotate(q, positions), c.rotary.rotate(k, positions)
-        return q, k, v
+        if context is None:
+            return *self._project(x, 0), joined(self.config.mask, mask)
+        q, k, v = (self._heads(y) for y in (self.q(x), self.k(context), self.v(context)))
+        return self.q_norm(q), self.k_norm(k), v, mask
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
         c = self.config
@@ -153,7 +119,3 @@ class HardAttention(nn.Module):
             how = {"kind": "gumbel", "seed": c.seed}
         o: Tensor = hard_attention(q, k, v, mask=mask, temperature=self.temperature, backend=c.backend, **how)
         return o
-
-    def _out(self, o: Tensor) -> Tensor:
-        y: Tensor = self.o(o.transpose(1, 2).flatten(2))
-        return y

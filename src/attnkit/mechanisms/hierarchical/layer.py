@@ -11,22 +11,19 @@ from torch import Tensor, nn
 
 from attnkit.mechanisms.hierarchical import cost, hierarchical_attention, hierarchical_attention_step
 from attnkit.positions import Rotary
-from attnkit.shapes import check_groups
+from attnkit.projected import Heads, check_rotary
 from attnkit.spec import Cost, Sizes
 from attnkit.state import PyramidState
 
 
 @dataclass(frozen=True)
-class HierarchicalConfig:
+class HierarchicalConfig(Heads):
     """A pyramid of ``levels`` attentions, each over every second token of the one below.
 
     ``inner`` is the width of tokens above the finest level, ``width`` when None. ``kv_heads`` None is one KV head a
     query head. ``qk_norm`` normalises queries and keys of every level.
     """
 
-    width: int
-    heads: int
-    kv_heads: int | None = None
     levels: int = 3
     inner: int | None = None
     rotary: Rotary | None = None
@@ -34,27 +31,12 @@ class HierarchicalConfig:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width < 1 or self.width % self.heads:
-            raise ValueError(
-                f"HierarchicalConfig: got width {self.width} and {self.heads} heads, expected a width that heads divide"
-            )
-        check_groups("HierarchicalConfig", self.heads, self.groups)
+        super().__post_init__()
         if self.levels < 1 or self.inner_width < 1:
             raise ValueError(
                 f"HierarchicalConfig: got {self.levels} levels and inner {self.inner_width}, expected at least 1 each"
             )
-        if self.rotary is not None and self.rotary.head_size != self.head_size:
-            raise ValueError(
-                f"HierarchicalConfig: rotary is made for head size {self.rotary.head_size}, heads have {self.head_size}"
-            )
-
-    @property
-    def groups(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
+        check_rotary("HierarchicalConfig", self.rotary, self.head_size)
 
     @property
     def inner_width(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from attnkit.mechanisms.iha import cost, iha_attention, iha_attention_step
 from attnkit.mechanisms.iha.virtual import Order, check_order, pseudo_tokens
 from attnkit.positions import Rotary
+from attnkit.projected import Projected, check_rotary
 from attnkit.spec import Cost, Sizes
 from attnkit.state import KVState, WindowState
 
@@ -40,17 +41,14 @@ class InterleavedHeadConfig:
         if self.pseudo < 1:
             raise ValueError(f"{where}: pseudo is {self.pseudo}, expected at least 1 pseudo token a token")
         check_order(where, self.causal, self.window)
-        if self.rotary is not None and self.rotary.head_size != self.head_size:
-            raise ValueError(
-                f"{where}: rotary is made for head size {self.rotary.head_size}, heads have {self.head_size}"
-            )
+        check_rotary(where, self.rotary, self.head_size)
 
     @property
     def head_size(self) -> int:
         return self.width // self.heads
 
 
-class InterleavedHeadAttention(nn.Module):
+class InterleavedHeadAttention(Projected):
     """Interleaved head attention on ``(b, n, width)``; ``forward`` for whole sequences, ``step`` through a state.
 
     Projections start as N(0, 1/width). Every pseudo token starts as its own head, and the collapse as the mean of a
@@ -58,23 +56,20 @@ class InterleavedHeadAttention(nn.Module):
     """
 
     def __init__(self, config: InterleavedHeadConfig) -> None:
-        super().__init__()
-        self.config = c = config
-        self.q, self.k, self.v, self.o = (nn.Linear(c.width, c.width, bias=False) for _ in range(4))
-        for linear in (self.q, self.k, self.v, self.o):
-            nn.init.normal_(linear.weight, std=c.width**-0.5)
+        c = config
+        super().__init__(c.width, c.heads, c.heads, c.head_size, qk_norm=c.qk_norm)  # pseudo tokens are what turns
+        self.config = c
         own = torch.eye(c.heads)[..., None].expand(-1, -1, c.pseudo)
         self.mix_q, self.mix_k, self.mix_v = (nn.Parameter(own.clone()) for _ in range(3))
         mean = torch.ones(c.heads, c.pseudo) if c.separate else own.flatten(1)
         self.collapse = nn.Parameter(mean / c.pseudo)
-        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_size) if c.qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within ``x`` ``(b, n, width)``; returns the same shape."""
         c = self.config
         mixtures = (self.mix_q, self.mix_k, self.mix_v, self.collapse)
         o = iha_attention(
-            *self._project(x), *mixtures, causal=c.causal, window=c.window, rotary=c.rotary, backend=c.backend
+            *self._project(x, 0), *mixtures, causal=c.causal, window=c.window, rotary=c.rotary, backend=c.backend
         )
         return self._out(o)
 
@@ -99,7 +94,7 @@ class InterleavedHeadAttention(nn.Module):
         """Feed the next token or tokens ``x`` ``(b, m, width)``; any split of a sequence gives ``forward``'s rows."""
         c = self.config
         assert c.causal is not None, "state() has refused this layer"
-        q, k, v = self._project(x)
+        q, k, v = self._project(x, 0)
         keys = pseudo_tokens(k, self.mix_k, rotary=c.rotary, start=state.length)
         values = pseudo_tokens(v, self.mix_v)
         # Side by side in the channels of their token, pseudo tokens lie in memory as they do along the sequence.
@@ -129,12 +124,3 @@ class InterleavedHeadAttention(nn.Module):
             separate=c.separate,
             itemsize=dtype.itemsize,
         )
-
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        size = self.config.head_size
-        q, k, v = (linear(x).unflatten(-1, (-1, size)).transpose(1, 2) for linear in (self.q, self.k, self.v))
-        return self.q_norm(q), self.k_norm(k), v
-
-    def _out(self, o: Tensor) -> Tensor:
-        y: Tensor = self.o(o.transpose(1, 2).flatten(2))
-        return y

@@ -5,26 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnkit.mechanisms.linear import cost, linear_attention, linear_attention_step, maps, random_count
 from attnkit.mechanisms.linear.maps import FeatureMap, random_features
-from attnkit.shapes import check_groups
+from attnkit.projected import Heads, Projected
 from attnkit.spec import Cost, Sizes
 from attnkit.state import RecurrentState
 
 
 @dataclass(frozen=True)
-class LinearConfig:
+class LinearConfig(Heads):
     """A linear attention layer; it has no positions of its own.
 
     ``kv_heads`` None is one KV head a query head. ``random`` is how many random features "favor" has, the paper's
     d ln d when None; ``seed`` draws them. ``causal`` False is an encoder's.
     """
 
-    width: int
-    heads: int
-    kv_heads: int | None = None
     feature_map: FeatureMap = "elu"
     random: int | None = None
     seed: int = 0
@@ -33,11 +30,7 @@ class LinearConfig:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width < 1 or self.width % self.heads:
-            raise ValueError(
-                f"LinearConfig: got width {self.width} and {self.heads} heads, expected a width that heads divide"
-            )
-        check_groups("LinearConfig", self.heads, self.groups)
+        super().__post_init__()
         maps.check("LinearConfig", self.feature_map, self.feature_map == "favor")
         if self.random is not None and (self.feature_map != "favor" or self.random < 1):
             raise ValueError(
@@ -46,20 +39,12 @@ class LinearConfig:
             )
 
     @property
-    def groups(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
-
-    @property
     def directions(self) -> int:
         """Random features, 0 for maps that have none."""
         return 0 if self.feature_map != "favor" else self.random or random_count(self.head_size)
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(Projected):
     """Linear attention on ``(b, n, width)``; ``forward`` for whole sequences, ``step`` for decoding through a state.
 
     Projections start as N(0, 1/width), so that queries and keys start at unit scale. Random features are a buffer and
@@ -69,14 +54,9 @@ class LinearAttention(nn.Module):
     projection: Tensor | None
 
     def __init__(self, config: LinearConfig) -> None:
-        super().__init__()
-        self.config = c = config
-        self.q = nn.Linear(c.width, c.width, bias=False)
-        self.k, self.v = (nn.Linear(c.width, c.groups * c.head_size, bias=False) for _ in range(2))
-        self.o = nn.Linear(c.width, c.width, bias=False)
-        for linear in (self.q, self.k, self.v, self.o):
-            nn.init.normal_(linear.weight, std=c.width**-0.5)
-        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_size) if c.qk_norm else nn.Identity() for _ in range(2))
+        c = config
+        super().__init__(c.width, c.heads, c.groups, c.head_size, qk_norm=c.qk_norm)
+        self.config = c
         drawn = random_features(c.directions, c.head_size, seed=c.seed) if c.directions else None
         self.register_buffer("projection", drawn)
 
@@ -89,7 +69,7 @@ class LinearAttention(nn.Module):
     def forward(self, x: Tensor, *, keep: Tensor | None = None) -> Tensor:
         """Attend within ``x`` ``(b, n, width)``; returns the same shape. ``keep`` (b, n) is False for padding."""
         c = self.config
-        q, k, v = self._project(x)
+        q, k, v = self._project(x, 0)
         o = linear_attention(
             q, k, v, self.projection, feature_map=c.feature_map, causal=c.causal, keep=keep, backend=c.backend
         )
@@ -114,8 +94,9 @@ class LinearAttention(nn.Module):
 
     def step(self, x: Tensor, state: RecurrentState, *, keep: Tensor | None = None) -> tuple[Tensor, RecurrentState]:
         """Feed the next token or tokens ``x`` ``(b, m, width)``; any split of a sequence gives ``forward``'s rows."""
-        held, c = state.view(), self.config
-        o, held = linear_attention_step(*self._project(x), held, self.projection, feature_map=c.feature_map, keep=keep)
+        q, k, v = self._project(x, 0)
+        feature_map = self.config.feature_map
+        o, held = linear_attention_step(q, k, v, state.view(), self.projection, feature_map=feature_map, keep=keep)
         state.advance(x.shape[1], **held)
         return self._out(o), state
 
@@ -124,12 +105,3 @@ class LinearAttention(nn.Module):
         c = self.config
         sizes = Sizes(batch, c.heads, c.groups, m, n, c.head_size, c.head_size)
         return cost(sizes, feature_map=c.feature_map, random=c.directions, causal=c.causal)
-
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        size = self.config.head_size
-        q, k, v = (y(x).unflatten(-1, (-1, size)).transpose(1, 2) for y in (self.q, self.k, self.v))
-        return self.q_norm(q), self.k_norm(k), v
-
-    def _out(self, o: Tensor) -> Tensor:
-        y: Tensor = self.o(o.transpose(1, 2).flatten(2))
-        return y

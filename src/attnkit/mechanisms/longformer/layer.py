@@ -11,6 +11,7 @@ from attnkit.masks import Mask
 from attnkit.masks.held import Padding
 from attnkit.mechanisms.longformer import cost, longformer_attention
 from attnkit.positions import Rotary
+from attnkit.projected import check_heads, check_rotary
 from attnkit.shapes import check_groups
 from attnkit.spec import Cost, Sizes
 
@@ -34,19 +35,13 @@ class LongformerConfig:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width < 1 or self.width % self.heads:
-            raise ValueError(
-                f"LongformerConfig: got width {self.width} and {self.heads} heads, expected a width that heads divide"
-            )
+        check_heads("LongformerConfig", self.width, self.heads)
         check_groups("LongformerConfig", self.heads, self.groups)
         if self.radius < 0 or min(self.global_tokens, default=0) < 0:
             raise ValueError(
                 f"LongformerConfig: radius is {self.radius} and global_tokens {self.global_tokens}, expected at least 0"
             )
-        if self.rotary is not None and self.rotary.head_size != self.head_size:
-            raise ValueError(
-                f"LongformerConfig: rotary is made for head size {self.rotary.head_size}, heads have {self.head_size}"
-            )
+        check_rotary("LongformerConfig", self.rotary, self.head_size)
 
     @property
     def groups(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from attnkit.masks import Mask, causal
+from attnkit.masks import Mask, causal, joined
 from attnkit.mechanisms.mla import cost, mla_attention
 from attnkit.positions import Rotary, YaRN
 from attnkit.spec import Cost, Sizes
@@ -158,9 +158,7 @@ class MLAttention(nn.Module):
 
         ``mask`` joins the layer's own, for what belongs to the batch: padding, documents.
         """
-        own = self.config.mask
-        joined = own & mask if own is not None and mask is not None else own or mask
-        return self._attend(self._queries(self._source(x), 0), self._latents(x, 0), joined)
+        return self._attend(self._queries(self._source(x), 0), self._latents(x, 0), joined(self.config.mask, mask))
 
     def state(
         self,

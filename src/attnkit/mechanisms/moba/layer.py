@@ -5,26 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnkit.mechanisms.moba import check, cost, moba_attention, moba_attention_step
 from attnkit.mechanisms.moba.gates import block_means
 from attnkit.positions import Rotary
-from attnkit.shapes import check_groups
+from attnkit.projected import Heads, Projected, check_rotary
 from attnkit.spec import Cost, Sizes
 from attnkit.state import KVState, PooledState
 
 
 @dataclass(frozen=True)
-class MobaConfig:
+class MobaConfig(Heads):
     """A MoBA layer; it has no parameters beyond those of softmax attention and can take over its weights.
 
     ``kv_heads`` None is one KV head a query head. ``block`` and ``top`` are those of ``moba_attention``.
     """
 
-    width: int
-    heads: int
-    kv_heads: int | None = None
     block: int = 512
     top: int = 3
     rotary: Rotary | None = None
@@ -32,41 +29,21 @@ class MobaConfig:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width < 1 or self.width % self.heads:
-            raise ValueError(
-                f"MobaConfig: got width {self.width} and {self.heads} heads, expected a width that heads divide"
-            )
-        check_groups("MobaConfig", self.heads, self.groups)
+        super().__post_init__()
         check("MobaConfig", block=self.block, top=self.top)
-        if self.rotary is not None and self.rotary.head_size != self.head_size:
-            raise ValueError(
-                f"MobaConfig: rotary is made for head size {self.rotary.head_size}, heads have {self.head_size}"
-            )
-
-    @property
-    def groups(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
+        check_rotary("MobaConfig", self.rotary, self.head_size)
 
 
-class MobaAttention(nn.Module):
+class MobaAttention(Projected):
     """MoBA on ``(b, n, width)``; ``forward`` for whole sequences, ``step`` for decoding through a state.
 
     Projections start as N(0, 1/width), so that scores start at unit scale.
     """
 
     def __init__(self, config: MobaConfig) -> None:
-        super().__init__()
-        self.config = c = config
-        self.q = nn.Linear(c.width, c.width, bias=False)
-        self.k, self.v = (nn.Linear(c.width, c.groups * c.head_size, bias=False) for _ in range(2))
-        self.o = nn.Linear(c.width, c.width, bias=False)
-        for linear in (self.q, self.k, self.v, self.o):
-            nn.init.normal_(linear.weight, std=c.width**-0.5)
-        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_size) if c.qk_norm else nn.Identity() for _ in range(2))
+        c = config
+        super().__init__(c.width, c.heads, c.groups, c.head_size, rotary=c.rotary, qk_norm=c.qk_norm)
+        self.config = c
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within ``x`` ``(b, n, width)``; returns the same shape."""
@@ -103,16 +80,3 @@ class MobaAttention(nn.Module):
         c = self.config
         sizes = Sizes(batch, c.heads, c.groups, m, n, c.head_size, c.head_size)
         return cost(sizes, block=c.block, top=c.top, itemsize=dtype.itemsize)
-
-    def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        size = self.config.head_size
-        q, k, v = (y(x).unflatten(-1, (-1, size)).transpose(1, 2) for y in (self.q, self.k, self.v))
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.rotary is not None:
-            positions = torch.arange(start, start + x.shape[1], device=x.device)
-            q, k = self.config.rotary.rotate(q, positions), self.config.rotary.rotate(k, positions)
-        return q, k, v
-
-    def _out(self, o: Tensor) -> Tensor:
-        y: Tensor = self.o(o.transpose(1, 2).flatten(2))
-        return y

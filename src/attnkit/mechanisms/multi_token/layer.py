@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from attnkit.mechanisms.multi_token import cost, multi_token_attention, multi_token_attention_step
 from attnkit.positions import Rotary
-from attnkit.shapes import check_groups
+from attnkit.projected import Heads, Projected, check_rotary
 from attnkit.spec import Cost, Sizes
 from attnkit.state import RewrittenState
 
 
 @dataclass(frozen=True)
-class MultiTokenConfig:
+class MultiTokenConfig(Heads):
     """A multi-token attention layer.
 
     ``taps`` are the queries and keys that the kernel spans, (1, 1) for none. ``mixed_logits`` and ``mixed_weights``
@@ -23,9 +23,6 @@ class MultiTokenConfig:
     ``output_gate`` multiplies it by ``sigmoid(W x)``. ``kv_heads`` None is one KV head a query head.
     """
 
-    width: int
-    heads: int
-    kv_heads: int | None = None
     taps: tuple[int, int] = (6, 11)
     mixed_logits: int = 1
     mixed_weights: int = 2
@@ -36,47 +33,31 @@ class MultiTokenConfig:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width < 1 or self.width % self.heads:
-            raise ValueError(
-                f"MultiTokenConfig: got width {self.width} and {self.heads} heads, expected a width that heads divide"
-            )
-        check_groups("MultiTokenConfig", self.heads, self.groups)
+        super().__post_init__()
         if self.taps[0] < 1 or self.taps[1] < 1 or self.taps[1] % 2 == 0:
             raise ValueError(f"MultiTokenConfig: taps are {self.taps}, expected queries >= 1 and an odd number of keys")
         for name in ("mixed_logits", "mixed_weights"):
             size = getattr(self, name)
             if size < 1 or self.heads % size:
                 raise ValueError(f"MultiTokenConfig: {name} is {size}, expected a divisor of {self.heads} heads")
-        if self.rotary is not None and self.rotary.head_size != self.head_size:
-            raise ValueError(
-                f"MultiTokenConfig: rotary is made for head size {self.rotary.head_size}, heads have {self.head_size}"
-            )
-
-    @property
-    def groups(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
+        check_rotary("MultiTokenConfig", self.rotary, self.head_size)
 
 
-class MultiTokenAttention(nn.Module):
+class MultiTokenAttention(Projected):
     """Multi-token attention on ``(b, n, width)``; ``forward`` for whole sequences, ``step`` through a state.
 
     Projections start as N(0, 1/width); kernel and mixtures start as the identity, which is softmax attention.
     """
 
+    gate: nn.Linear | None
+
     def __init__(self, config: MultiTokenConfig) -> None:
-        super().__init__()
-        self.config = c = config
-        self.q = nn.Linear(c.width, c.width, bias=False)
-        self.k, self.v = (nn.Linear(c.width, c.groups * c.head_size, bias=False) for _ in range(2))
-        self.gate = nn.Linear(c.width, c.width, bias=False) if c.output_gate else None
-        self.o = nn.Linear(c.width, c.width, bias=False)
-        for linear in (self.q, self.k, self.v, self.gate, self.o):
-            if linear is not None:
-                nn.init.normal_(linear.weight, std=c.width**-0.5)
+        c = config
+        gate = nn.Linear(c.width, c.width, bias=False) if c.output_gate else None
+        super().__init__(
+            c.width, c.heads, c.groups, c.head_size, rotary=c.rotary, qk_norm=c.qk_norm, further={"gate": gate}
+        )
+        self.config = c
         self.kernel = nn.Parameter(torch.zeros(c.heads, *c.taps)) if c.taps != (1, 1) else None
         if self.kernel is not None:
             with torch.no_grad():
@@ -85,15 +66,13 @@ class MultiTokenAttention(nn.Module):
             nn.Parameter(torch.eye(size).repeat(c.heads // size, 1)) if size > 1 else None
             for size in (c.mixed_logits, c.mixed_weights)
         )
-        self.q_norm, self.k_norm, self.o_norm = (
-            nn.RMSNorm(c.head_size) if wanted else nn.Identity() for wanted in (c.qk_norm, c.qk_norm, c.output_norm)
-        )
+        self.o_norm = nn.RMSNorm(c.head_size) if c.output_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within ``x`` ``(b, n, width)``; returns the same shape."""
         q, k, v = self._project(x, 0)
         o = multi_token_attention(q, k, v, self.kernel, self.mix_logits, self.mix_weights, backend=self.config.backend)
-        return self._out(x, o)
+        return self._gated(x, o)
 
     def state(
         self,
@@ -115,7 +94,7 @@ class MultiTokenAttention(nn.Module):
         queries = torch.cat([state.tail.unflatten(-1, (self.config.heads, -1)).transpose(1, 2), q], 2)
         o = multi_token_attention_step(queries, held["k"], held["v"], self.kernel, self.mix_logits, self.mix_weights)
         state.tail = queries[:, :, x.shape[1] :].transpose(1, 2).flatten(2)
-        return self._out(x, o), state
+        return self._gated(x, o), state
 
     def cost(self, m: int, n: int, *, batch: int = 1, dtype: torch.dtype = torch.float32) -> Cost:
         """What the attention of ``m`` new tokens over ``n`` takes, and the state that holds ``n``."""
@@ -123,16 +102,6 @@ class MultiTokenAttention(nn.Module):
         sizes = Sizes(batch, c.heads, c.groups, m, n, c.head_size, c.head_size)
         return cost(sizes, taps=c.taps, mixed=(c.mixed_logits, c.mixed_weights), itemsize=dtype.itemsize)
 
-    def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        size = self.config.head_size
-        q, k, v = (y(x).unflatten(-1, (-1, size)).transpose(1, 2) for y in (self.q, self.k, self.v))
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.rotary is not None:
-            positions = torch.arange(start, start + x.shape[1], device=x.device)
-            q, k = self.config.rotary.rotate(q, positions), self.config.rotary.rotate(k, positions)
-        return q, k, v
-
-    def _out(self, x: Tensor, o: Tensor) -> Tensor:
-        joined = self.o_norm(o).transpose(1, 2).flatten(2)
-        y: Tensor = self.o(joined if self.gate is None else joined * torch.sigmoid(self.gate(x)))
-        return y
+    def _gated(self, x: Tensor, o: Tensor) -> Tensor:
+        o = self.o_norm(o)
+        return self._out(o if self.gate is None else o * self._heads(torch.sigmoid(self.gate(x))))

@@ -11,22 +11,19 @@ from torch.nn.functional import gelu
 from attnkit.mechanisms.nsa import cost, nsa_attention, nsa_attention_step
 from attnkit.mechanisms.nsa.blocks import Blocks, check, windows
 from attnkit.positions import Rotary
-from attnkit.shapes import check_groups
+from attnkit.projected import Heads, check_rotary
 from attnkit.spec import Cost, Sizes
 from attnkit.state import KVState, PooledState, View, WindowState
 
 
 @dataclass(frozen=True)
-class NsaConfig:
+class NsaConfig(Heads):
     """An NSA layer; ``length`` to ``causal`` are those of ``nsa_attention``.
 
     ``kv_heads`` None is one KV head a query head; all query heads of one select the same blocks. ``hidden`` is the
     width of the network that compresses a block, the size of a head when None.
     """
 
-    width: int
-    heads: int
-    kv_heads: int | None = None
     length: int = 32
     stride: int = 16
     block: int = 64
@@ -39,27 +36,12 @@ class NsaConfig:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width < 1 or self.width % self.heads:
-            raise ValueError(
-                f"NsaConfig: got width {self.width} and {self.heads} heads, expected a width that heads divide"
-            )
-        check_groups("NsaConfig", self.heads, self.groups)
+        super().__post_init__()
         blocks = Blocks(self.length, self.stride, self.block, self.selected)
         check("NsaConfig", blocks, self.window, self.causal)
         if self.hidden is not None and self.hidden < 1:
             raise ValueError(f"NsaConfig: hidden is {self.hidden}, expected at least 1")
-        if self.rotary is not None and self.rotary.head_size != self.head_size:
-            raise ValueError(
-                f"NsaConfig: rotary is made for head size {self.rotary.head_size}, heads have {self.head_size}"
-            )
-
-    @property
-    def groups(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
+        check_rotary("NsaConfig", self.rotary, self.head_size)
 
 
 class Compression(nn.Module):

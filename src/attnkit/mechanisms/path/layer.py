@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, pad, silu
 
 from attnkit.mechanisms.path import cost, path_attention, path_attention_step
-from attnkit.shapes import check_groups
+from attnkit.projected import Heads
 from attnkit.spec import Cost, Sizes
 from attnkit.state import RewrittenState
 
@@ -17,7 +17,7 @@ TAPS = 3
 
 
 @dataclass(frozen=True)
-class PathConfig:
+class PathConfig(Heads):
     """A PaTH attention layer; it has no rotary, the reflections are its positions.
 
     ``kv_heads`` None is one KV head a query head; each KV head has its own reflections. Directions come from a map of
@@ -25,30 +25,15 @@ class PathConfig:
     ``gates`` adds forget gates (PaTH-FoX), ``qk_norm`` normalises queries and keys.
     """
 
-    width: int
-    heads: int
-    kv_heads: int | None = None
     rank: int | None = None
     gates: bool = False
     qk_norm: bool = False
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width < 1 or self.width % self.heads:
-            raise ValueError(
-                f"PathConfig: got width {self.width} and {self.heads} heads, expected a width that heads divide"
-            )
-        check_groups("PathConfig", self.heads, self.groups)
+        super().__post_init__()
         if self.rank is not None and self.rank < 0:
             raise ValueError(f"PathConfig: rank is {self.rank}, expected at least 1, 0 for a full map, or None")
-
-    @property
-    def groups(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
 
     @property
     def low(self) -> int:

@@ -13,6 +13,7 @@ from torch.nn.functional import silu
 from attnkit.mechanisms.retention import cost, retention_attention, retention_attention_step
 from attnkit.mechanisms.retention.decays import minimax_decays
 from attnkit.positions import Rotary
+from attnkit.projected import check_rotary
 from attnkit.spec import Cost, Sizes
 from attnkit.state import RecurrentState
 
@@ -53,10 +54,7 @@ class RetentionConfig:
                 f"RetentionConfig: log_decay is {self.log_decay}, expected a number of at most 0 for each of "
                 f"{self.heads} heads"
             )
-        if self.rotary is not None and self.rotary.head_size != self.key_size:
-            raise ValueError(
-                f"RetentionConfig: rotary is made for head size {self.rotary.head_size}, heads have {self.key_size}"
-            )
+        check_rotary("RetentionConfig", self.rotary, self.key_size)
         if self.activation not in (None, "silu"):
             raise ValueError(f"RetentionConfig: activation is {self.activation!r}, expected 'silu' or None")
         if self.norm not in ("head", "all") or self.gate not in ("swish", "sigmoid"):

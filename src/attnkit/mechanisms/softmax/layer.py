@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from attnkit.masks import Mask, causal
+from attnkit.masks import Mask, causal, joined
 from attnkit.mechanisms.softmax import cost, softmax_attention, streaming
 from attnkit.positions import Rotary, T5Buckets, alibi_slopes
+from attnkit.projected import check_rotary
 from attnkit.shapes import check_groups
 from attnkit.spec import Cost, Sizes
 from attnkit.state import KVState, WindowState
@@ -51,10 +52,7 @@ class SoftmaxConfig:
         check_groups("SoftmaxConfig", self.heads, self.groups)
         if self.head_size is None and self.width % self.heads:
             raise ValueError(f"SoftmaxConfig: width {self.width} is no multiple of {self.heads} heads: say head_size=")
-        if self.rotary is not None and self.rotary.head_size != self.key_size:
-            raise ValueError(
-                f"SoftmaxConfig: rotary is made for head size {self.rotary.head_size}, heads have {self.key_size}"
-            )
+        check_rotary("SoftmaxConfig", self.rotary, self.key_size)
         if self.alibi and self.t5 is not None:
             raise ValueError("SoftmaxConfig: alibi and t5 are both on, expected one position bias: drop one")
         if self.positions not in ("text", "cache"):
@@ -118,9 +116,7 @@ class SoftmaxAttention(nn.Module):
             return self._attend(q, k, v, mask, None)
         positions = torch.arange(x.shape[1], device=x.device)
         q, k = self._in_cache(q, k, positions, positions) if self._streams else self._in_text(q, k, positions)
-        own = self.config.mask
-        joined = own & mask if own is not None and mask is not None else own or mask
-        return self._attend(q, k, v, joined, (positions, positions))
+        return self._attend(q, k, v, joined(self.config.mask, mask), (positions, positions))
 
     def state(
         self,

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from attnkit.masks import Mask, causal
+from attnkit.masks import Mask, causal, joined
 from attnkit.mechanisms.talking_heads import cost, talking_heads_attention
 from attnkit.positions import Rotary
+from attnkit.projected import check_rotary
 from attnkit.shapes import check_groups
 from attnkit.spec import Cost, Sizes
 from attnkit.state import TokenState, View
@@ -42,10 +43,7 @@ class TalkingHeadsConfig:
             )
         for heads, groups in zip(self.numbers[::2], self.groups, strict=True):
             check_groups("TalkingHeadsConfig", heads, groups)
-        if self.rotary is not None and self.rotary.head_size != self.head_size:
-            raise ValueError(
-                f"TalkingHeadsConfig: rotary is made for head size {self.rotary.head_size}, heads have {self.head_size}"
-            )
+        check_rotary("TalkingHeadsConfig", self.rotary, self.head_size)
 
     @property
     def numbers(self) -> tuple[int, int, int]:
@@ -92,9 +90,7 @@ class TalkingHeadsAttention(nn.Module):
 
         ``mask`` joins the layer's own, for what belongs to the batch: padding, documents.
         """
-        own = self.config.mask
-        joined = own & mask if own is not None and mask is not None else own or mask
-        return self._attend(*self._project(x, 0), joined)
+        return self._attend(*self._project(x, 0), joined(self.config.mask, mask))
 
     def state(
         self,

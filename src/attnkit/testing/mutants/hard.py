@@ -54,10 +54,7 @@ def _interleaved(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_zero(right: Any) -> Any:
-    def project(self: HardAttention, x: Tensor, source: Tensor, start: int | None) -> Any:
-        return right(self, x, source, 0)
-
-    return project
+    return lambda self, x, start: right(self, x, 0)
 
 
 MUTANTS.calling("last_of_equals", "of equal scores the last one wins", _last_of_equals)
