@@ -51,6 +51,18 @@ def check(where: str, **tensors: tuple[Any, str]) -> dict[str, int]:
     return sizes
 
 
+def check_call(where: str, **tensors: tuple[Any, str]) -> dict[str, int]:
+    """``check``, and what any tensors ``q``, ``k``, ``v`` and others beside them have to be.
+
+    The three share one floating dtype, all are on one device, and the KV heads ``g`` divide the query heads ``h``.
+    """
+    sizes = check(where, **tensors)
+    check_same(where, **{name: tensors[name][0] for name in "qkv"})
+    check_device(where, **{name: tensor for name, (tensor, _) in tensors.items()})
+    check_groups(where, sizes["h"], sizes["g"])
+    return sizes
+
+
 def check_same(where: str, **tensors: Tensor) -> None:
     """All tensors share one floating dtype and one device."""
     (first, lead), *rest = tensors.items()
@@ -72,6 +84,19 @@ def check_device(where: str, **tensors: Tensor) -> None:
             raise ValueError(
                 f"{where}: {name} is on {tensor.device} but {first} on {lead.device}, expected one: move one"
             )
+
+
+def check_floating(where: str, **tensors: Tensor) -> None:
+    """Each tensor has a floating dtype."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{where}: {name} has dtype {tensor.dtype}, expected a floating one")
+
+
+def check_keep(where: str, keep: Tensor | None) -> None:
+    """Marks of padding are bool."""
+    if keep is not None and keep.dtype != torch.bool:
+        raise TypeError(f"{where}: keep has dtype {keep.dtype}, expected bool: True for tokens, False for padding")
 
 
 def check_groups(where: str, h: int, g: int) -> None:

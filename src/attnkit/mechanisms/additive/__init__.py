@@ -71,10 +71,7 @@ def call(
 ) -> dict[str, Any]:
     """Check the arguments of ``additive_attention``; return them by name, as every backend gets them."""
     where = "additive_attention"
-    sizes = shapes.check(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"), weight=(weight, "h d"))
-    shapes.check_same(where, q=q, k=k, v=v)
-    shapes.check_device(where, q=q, weight=weight)
-    shapes.check_groups(where, sizes["h"], sizes["g"])
+    sizes = shapes.check_call(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"), weight=(weight, "h d"))
     if gain is not None:
         shapes.check(where, q=(q, "b h m d"), gain=(gain, "h"))
         shapes.check_device(where, q=q, gain=gain)

@@ -100,13 +100,8 @@ def call(
         patterns["log_decay"] = (log_decay, "b h n d" if channels else "b h n")
     if state is not None:
         patterns["state"] = (state, "b h d e")
-    sizes = shapes.check(where, **patterns)
-    shapes.check_same(where, q=q, k=k, v=v)
-    shapes.check_device(where, **{name: x for name, (x, _) in patterns.items()})
-    shapes.check_groups(where, sizes["h"], sizes["g"])
-    for name, (x, _) in patterns.items():
-        if not x.is_floating_point():
-            raise TypeError(f"{where}: {name} has dtype {x.dtype}, expected a floating one")
+    shapes.check_call(where, **patterns)
+    shapes.check_floating(where, **{name: x for name, (x, _) in patterns.items()})
     wide = torch.promote_types(q.dtype, torch.float32)
     if state is not None and state.dtype != wide:
         raise TypeError(f"{where}: state has dtype {state.dtype}, expected {wide} for {q.dtype}: it is a sum")

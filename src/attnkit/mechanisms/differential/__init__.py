@@ -70,14 +70,10 @@ def call(
 ) -> dict[str, Any]:
     """Check the arguments of ``differential_attention``; return them by name, as every backend gets them."""
     where = "differential_attention"
-    sizes = shapes.check(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"), share=(share, "h"))
-    shapes.check_same(where, q=q, k=k, v=v)
-    shapes.check_device(where, q=q, share=share)
-    shapes.check_groups(where, sizes["h"], sizes["g"])
+    sizes = shapes.check_call(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"), share=(share, "h"))
     if sizes["d"] == 0 or sizes["d"] % 2:
         raise ValueError(f"{where}: q has {sizes['d']} channels a head, expected an even number: two halves")
-    if not share.is_floating_point():
-        raise TypeError(f"{where}: share has dtype {share.dtype}, expected a floating one")
+    shapes.check_floating(where, share=share)
     return {
         "q": q,
         "k": k,

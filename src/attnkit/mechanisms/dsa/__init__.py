@@ -136,9 +136,7 @@ def _checked(
     sizes = shapes.check(where, q=(q, "b h m d"), latent=(latent, "b g n joined"), **_paired(index, patterns))
     shapes.check_device(where, q=q, **index)
     shapes.check_last(where, sizes["m"], sizes["n"])
-    for name, x in index.items():
-        if not x.is_floating_point():
-            raise TypeError(f"{where}: {name} has dtype {x.dtype}, expected a floating one")
+    shapes.check_floating(where, **index)
     if sizes["p"] == 0 or sizes["j"] % sizes["p"]:
         raise ValueError(
             f"{where}: got {sizes['j']} index heads and {sizes['p']} index keys a token, expected keys that divide them"

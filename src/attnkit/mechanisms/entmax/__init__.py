@@ -69,9 +69,7 @@ def call(
 ) -> dict[str, Any]:
     """Check the arguments of ``entmax_attention``; return them by name, as every backend gets them."""
     where = "entmax_attention"
-    sizes = shapes.check(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"))
-    shapes.check_same(where, q=q, k=k, v=v)
-    shapes.check_groups(where, sizes["h"], sizes["g"])
+    sizes = shapes.check_call(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"))
     check_alpha(where, alpha)
     return {
         "q": q,

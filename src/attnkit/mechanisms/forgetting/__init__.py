@@ -81,10 +81,7 @@ def forgetting_attention_step(q: Tensor, k: Tensor, v: Tensor, total: Tensor, *,
 def _check(where: str, q: Tensor, k: Tensor, v: Tensor, **gates: Tensor) -> None:
     ((name, gate),) = gates.items()
     patterns = {"q": (q, "b h m d"), "k": (k, "b g n d"), "v": (v, "b g n e"), name: (gate, "b h n")}
-    sizes = shapes.check(where, **patterns)
-    shapes.check_same(where, q=q, k=k, v=v)
-    shapes.check_device(where, q=q, **gates)
-    shapes.check_groups(where, sizes["h"], sizes["g"])
+    sizes = shapes.check_call(where, **patterns)
     shapes.check_last(where, sizes["m"], sizes["n"])
     if not gate.is_floating_point():
         raise TypeError(f"{where}: {name} has dtype {gate.dtype}, expected a floating one: logarithms of gates")

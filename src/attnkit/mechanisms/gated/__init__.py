@@ -69,11 +69,7 @@ def call(
 ) -> dict[str, Any]:
     """Check the arguments of ``gated_attention``; return them by name, as every backend gets them."""
     where = "gated_attention"
-    sizes = shapes.check(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"))
-    sizes |= shapes.check(where, q=(q, "b h m d"), gate=(gate, "b h m gates"))
-    shapes.check_same(where, q=q, k=k, v=v)
-    shapes.check_device(where, q=q, gate=gate)
-    shapes.check_groups(where, sizes["h"], sizes["g"])
+    sizes = shapes.check_call(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"), gate=(gate, "b h m gates"))
     if sizes["gates"] not in (1, sizes["e"]):
         raise ValueError(
             f"{where}: gate has {sizes['gates']} numbers a head, expected 1, or {sizes['e']}: one for each channel of v"

@@ -83,10 +83,8 @@ def call(
 ) -> dict[str, Any]:
     """Check the arguments of ``h_transformer_attention``; return them by name, as every backend gets them."""
     where = "h_transformer_attention"
-    sizes = shapes.check(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"))
+    sizes = shapes.check_call(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"))
     m, n = sizes["m"], sizes["n"]
-    shapes.check_same(where, q=q, k=k, v=v)
-    shapes.check_groups(where, sizes["h"], sizes["g"])
     shapes.check_last(where, m, n)
     if block < 1:
         raise ValueError(f"{where}: block is {block}, expected at least 1")

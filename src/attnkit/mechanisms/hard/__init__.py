@@ -97,9 +97,7 @@ def call(
 ) -> dict[str, Any]:
     """Check the arguments of ``hard_attention``; return them by name, as every backend gets them."""
     where = "hard_attention"
-    sizes = shapes.check(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"))
-    shapes.check_same(where, q=q, k=k, v=v)
-    shapes.check_groups(where, sizes["h"], sizes["g"])
+    sizes = shapes.check_call(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"))
     if sizes["d"] == 0:
         raise ValueError(f"{where}: key size is 0, expected at least 1")
     if kind not in ("argmax", "gumbel", "sample"):

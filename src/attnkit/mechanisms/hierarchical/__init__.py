@@ -112,9 +112,7 @@ def call(
                 raise ValueError(f"{where}: {name} has shape {tuple(x.shape)}, expected {expected}, a row a level")
     shapes.check_device(where, q=q, **given)
     shapes.check_groups(where, sizes["h"], sizes["g"])
-    for name, x in given.items():
-        if not x.is_floating_point():
-            raise TypeError(f"{where}: {name} has dtype {x.dtype}, expected a floating one")
+    shapes.check_floating(where, **given)
     if rotary is not None and rotary.head_size != sizes["d"]:
         raise ValueError(f"{where}: rotary is made for head size {rotary.head_size}, keys have {sizes['d']}")
     return {"q": q, "k": k, "v": v, **weights, "q_gain": q_gain, "k_gain": k_gain, "rotary": rotary}

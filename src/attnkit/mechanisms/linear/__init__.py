@@ -145,12 +145,8 @@ def _check(
         given["projection"] = (projection, "f d")
     if keep is not None:
         given["keep"] = (keep, f"b {keys}")
-    sizes = shapes.check(where, **given)
-    shapes.check_same(where, q=q, k=k, v=v)
-    shapes.check_device(where, **{name: x for name, (x, _) in given.items()})
-    shapes.check_groups(where, sizes["h"], sizes["g"])
-    if keep is not None and keep.dtype != torch.bool:
-        raise TypeError(f"{where}: keep has dtype {keep.dtype}, expected bool: True for tokens, False for padding")
+    sizes = shapes.check_call(where, **given)
+    shapes.check_keep(where, keep)
     return sizes
 
 

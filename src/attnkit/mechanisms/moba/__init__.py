@@ -153,9 +153,7 @@ def check(where: str, **counts: int) -> None:
 
 
 def _check(where: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    sizes = shapes.check(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"))
-    shapes.check_same(where, q=q, k=k, v=v)
-    shapes.check_groups(where, sizes["h"], sizes["g"])
+    sizes = shapes.check_call(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"))
     shapes.check_last(where, sizes["m"], sizes["n"])
 
 

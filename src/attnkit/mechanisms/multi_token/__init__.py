@@ -126,16 +126,13 @@ def _check(where: str, q: Tensor, k: Tensor, v: Tensor, weights: dict[str, Tenso
         "mix_weights": "h mixed_weights",
     }
     given = {name: x for name, x in weights.items() if x is not None}
-    sizes = shapes.check(
+    sizes = shapes.check_call(
         where,
         q=(q, "b h m d"),
         k=(k, "b g n d"),
         v=(v, "b g n e"),
         **{name: (x, patterns[name]) for name, x in given.items()},
     )
-    shapes.check_same(where, q=q, k=k, v=v)
-    shapes.check_device(where, q=q, **given)
-    shapes.check_groups(where, sizes["h"], sizes["g"])
     if sizes.get("kernel_queries") == 0 or sizes.get("kernel_keys", 1) % 2 == 0:
         raise ValueError(
             f"{where}: kernel has {sizes['kernel_queries']} rows and {sizes['kernel_keys']} columns, expected at least "

@@ -115,9 +115,7 @@ def _check(where: str, main: dict[str, Tensor], side: dict[str, Tensor | None], 
     shapes.check_device(where, **given)
     shapes.check_groups(where, sizes["h"], sizes["g"])
     shapes.check_last(where, sizes["m"], sizes["n"])
-    for name, x in given.items():
-        if not x.is_floating_point():
-            raise TypeError(f"{where}: {name} has dtype {x.dtype}, expected a floating one")
+    shapes.check_floating(where, **given)
 
 
 def sample(

@@ -118,14 +118,9 @@ def _check(where: str, keys: str, keep: Tensor | None, **given: Tensor) -> dict[
     held = {name: (x, patterns[name]) for name, x in given.items()}
     if keep is not None:
         held["keep"] = (keep, f"b {keys}")
-    sizes = shapes.check(where, **held)
-    shapes.check_same(where, **{name: given[name] for name in "qkv"})
-    shapes.check_device(where, **{name: x for name, (x, _) in held.items()})
-    shapes.check_groups(where, sizes["h"], sizes["g"])
-    if not given["log_decay"].is_floating_point():
-        raise TypeError(f"{where}: log_decay has dtype {given['log_decay'].dtype}, expected a floating one")
-    if keep is not None and keep.dtype != torch.bool:
-        raise TypeError(f"{where}: keep has dtype {keep.dtype}, expected bool: True for tokens, False for padding")
+    sizes = shapes.check_call(where, **held)
+    shapes.check_floating(where, log_decay=given["log_decay"])
+    shapes.check_keep(where, keep)
     return sizes
 
 

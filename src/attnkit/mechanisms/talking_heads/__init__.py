@@ -80,16 +80,13 @@ def call(
     patterns = {"mix_logits": f"{inside} h", "mix_weights": f"{after} {inside}"}
     given = {"mix_logits": mix_logits, "mix_weights": mix_weights}
     mixtures = {name: x for name, x in given.items() if x is not None}
-    sizes = shapes.check(
+    sizes = shapes.check_call(
         where,
         q=(q, "b h m d"),
         k=(k, "b g n d"),
         v=(v, "b value_groups n e"),
         **{name: (x, patterns[name]) for name, x in mixtures.items()},
     )
-    shapes.check_same(where, q=q, k=k, v=v)
-    shapes.check_device(where, q=q, **mixtures)
-    shapes.check_groups(where, sizes["h"], sizes["g"])
     heads = (sizes["h"], sizes[inside], sizes[after])
     if sizes["value_groups"] == 0 or heads[2] % sizes["value_groups"]:
         raise ValueError(
