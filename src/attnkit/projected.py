@@ -75,13 +75,13 @@ class Projected(nn.Module):
         further: Mapping[str, nn.Linear | None] | None = None,
     ) -> None:
         super().__init__()
-        self.size, self.rotary = size, rotary
+        self.size, self.rotary, further = size, rotary, further or {}
         self.q = nn.Linear(width, heads * size, bias=bias)
         self.k, self.v = (nn.Linear(width, groups * size, bias=bias) for _ in range(2))
-        for name, linear in (further or {}).items():
+        for name, linear in further.items():
             setattr(self, name, linear)
         self.o = nn.Linear(heads * size, width, bias=bias)
-        for linear in (self.q, self.k, self.v, *(further or {}).values(), self.o):
+        for linear in (self.q, self.k, self.v, *further.values(), self.o):
             if linear is not None:
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
                 if linear.bias is not None:
