@@ -61,8 +61,9 @@ def test_rows_train_under_autocast(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(tokens)
     logits.float().logsumexp(-1).sum().backward()
-    slopes = {name: x.grad for name, x in model.named_parameters() if x.requires_grad}
-    assert [name for name, slope in slopes.items() if slope is not None and not slope.isfinite().all()] == []
+    # No gradient reaches the indexer of CSA, which chooses; every other parameter must have one.
+    slopes = {name: x.grad for name, x in model.named_parameters() if x.requires_grad and ".indexer." not in name}
+    assert [name for name, slope in slopes.items() if slope is None or not slope.isfinite().all()] == []
 
 
 def test_a_fresh_decoder_predicts_from_its_last_token_alone() -> None:

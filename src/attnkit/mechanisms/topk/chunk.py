@@ -27,7 +27,7 @@ KEYS, TILE = 8192, 512
 ELEMENTS = FETCHED = 1 << 24
 """The most scores, and numbers of fetched keys, of a block of queries: 64 MB of float32.
 
-From 32 MB on, glibc gives memory back at once. Training on 8,192 tokens in blocks of 16 MB took 2.1 GiB, of 64 MB 0.7.
+From 32 MB on, glibc gives memory back at once. Training on 8,192 tokens in blocks of 16 MB took 2.2 GiB, of 64 MB 0.7.
 """
 SPARSE = 16
 
