@@ -1,2 +1,0 @@
-#define ATTNKIT_LEVEL generic
-#include "kernels.h"

@@ -1,2 +1,0 @@
-#define ATTNKIT_LEVEL v2
-#include "kernels.h"

@@ -1,2 +1,0 @@
-#define ATTNKIT_LEVEL v3
-#include "kernels.h"

@@ -1,2 +1,0 @@
-#define ATTNKIT_LEVEL v4
-#include "kernels.h"

@@ -1,2 +1,0 @@
-#define ATTNKIT_LEVEL v4bf16
-#include "kernels.h"
