@@ -1,4 +1,5 @@
-// Checks what comes from outside, chooses the instruction level, and calls it. Compiled for any processor.
+// Chooses the instruction level. The calls themselves are checked and passed on in abi/, a file per family of kernels; all
+// of it is compiled for any processor.
 #include "abi.h"
 
 #include <atomic>
@@ -88,24 +89,10 @@ int32_t fastest() {
 
 std::atomic<int32_t> chosen{fastest()};
 
+}  // namespace
+
 const Level& level() { return *kBuilt[chosen.load(std::memory_order_relaxed)].level; }
 
-int32_t check(const attnkit_softmax& s) {
-  if (s.dtype < ATTNKIT_FLOAT32 || s.dtype > ATTNKIT_FLOAT16) return ATTNKIT_BAD_DTYPE;
-  if (s.kernel != ATTNKIT_PREFILL && s.kernel != ATTNKIT_DECODE) return ATTNKIT_BAD_KERNEL;
-  if (s.b < 0 || s.h < 1 || s.g < 1 || s.h % s.g != 0 || s.m < 0 || s.n < 0 || s.d < 1 || s.e < 1 || s.threads < 1)
-    return ATTNKIT_BAD_SIZE;
-  if (s.offsets) {
-    if ((s.mask_batches != 1 && s.mask_batches != s.b) || (s.mask_heads != 1 && s.mask_heads != s.h))
-      return ATTNKIT_BAD_MASK;
-    if (s.kernel == ATTNKIT_DECODE && s.m > ATTNKIT_BLOCK_QUERIES) return ATTNKIT_BAD_KERNEL;
-  }
-  return ATTNKIT_OK;
-}
-
-bool nothing_to_do(const attnkit_softmax& s) { return s.b == 0 || s.m == 0; }
-
-}  // namespace
 }  // namespace attnkit
 
 using namespace attnkit;
@@ -142,26 +129,4 @@ int32_t attnkit_set_level(int32_t i) {
   if (!attnkit_level_runs_here(i)) return ATTNKIT_BAD_LEVEL;
   chosen.store(i, std::memory_order_relaxed);
   return ATTNKIT_OK;
-}
-
-int64_t attnkit_softmax_scratch_bytes(const attnkit_softmax* call) {
-  const int32_t status = check(*call);
-  if (status != ATTNKIT_OK) return -status;
-  return nothing_to_do(*call) ? 0 : level().softmax_scratch_bytes(*call);
-}
-
-int32_t attnkit_softmax_forward(const attnkit_softmax* call, void* scratch, int64_t scratch_bytes) {
-  const int64_t needed = attnkit_softmax_scratch_bytes(call);
-  if (needed < 0) return static_cast<int32_t>(-needed);
-  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
-  if (!nothing_to_do(*call)) level().softmax_forward(*call, static_cast<char*>(scratch));
-  return ATTNKIT_OK;
-}
-
-double attnkit_fma_gflops(int64_t threads, double seconds) { return level().fma_gflops(threads, seconds); }
-
-double attnkit_bf16_dot_gflops(int64_t threads, double seconds) { return level().bf16_dot_gflops(threads, seconds); }
-
-double attnkit_read_gigabytes(const void* buffer, int64_t bytes, int64_t threads, double seconds) {
-  return level().read_gigabytes(buffer, bytes, threads, seconds);
 }

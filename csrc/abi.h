@@ -1,8 +1,8 @@
 /* The whole interface between attnkit's Python and its native kernels: plain C, no torch and no Python headers, so that
- * one binary serves every Python and every torch.
+ * one binary serves every Python and every torch. What all calls share is here; each family of kernels has its own file in abi/.
  *
- * attnkit.native holds the same declarations as ctypes tables; tests/build/test_native.py parses this file and compares
- * names, order and types. Strides count elements. The last dimension of q, k, v and o is contiguous.
+ * attnkit.native holds the same declarations as ctypes tables; tests/build/test_native.py parses these files and compares
+ * names, order and types. Strides count elements. The last dimension of every tensor is contiguous unless said otherwise.
  */
 #ifndef ATTNKIT_ABI_H
 #define ATTNKIT_ABI_H
@@ -19,12 +19,8 @@
 extern "C" {
 #endif
 
-/* Raise this with every change of a declaration below: Python refuses a library of another number. */
-#define ATTNKIT_ABI_VERSION 1
-
-/* Rows of one query block of the prefill kernel, and keys of one key block: the block sizes of a mask's block list. */
-#define ATTNKIT_BLOCK_QUERIES 48
-#define ATTNKIT_BLOCK_KEYS 64
+/* Raise this with every change of a declaration, here or in abi/: Python refuses a library of another number. */
+#define ATTNKIT_ABI_VERSION 2
 
 /* What every call returns. attnkit.native turns the numbers into sentences. */
 #define ATTNKIT_OK 0
@@ -39,41 +35,6 @@ extern "C" {
 #define ATTNKIT_BFLOAT16 1
 #define ATTNKIT_FLOAT16 2
 
-/* PREFILL shares packed keys between blocks of 48 queries; DECODE reads every key once for all rows of a KV head. */
-#define ATTNKIT_PREFILL 0
-#define ATTNKIT_DECODE 1
-
-/* One softmax attention call. Logits are softcap(scale * q.k) + bias - alibi * |query position - key position|, where
- * query i sits at position n - m + i. Key j is visible to position p when p - left <= j <= p + right and, with a block
- * list, when its block is listed with that bit set. */
-typedef struct attnkit_softmax {
-  const void* q;           /* (b, h, m, d) */
-  const void* k;           /* (b, g, n, d) */
-  const void* v;           /* (b, g, n, e) */
-  void* o;                 /* (b, h, m, e) */
-  float* lse;              /* (b, h, m) contiguous, or null */
-  const float* bias;       /* strided by bias_*, or null */
-  const float* alibi;      /* (h,) slopes, or null */
-  const float* sink;       /* (h,) logits, or null */
-  const int64_t* offsets;  /* block list: where each query block starts in columns; null without a block list */
-  const int32_t* columns;  /* key block of each entry, ascending inside one query block */
-  const int32_t* pattern;  /* row of patterns for each entry, or -1 for a block that is visible throughout */
-  const int64_t* patterns; /* (patterns, 48): bit j of word i: row i of the query block sees key j of the key block */
-  int64_t b, h, g, m, n, d, e;
-  int64_t q_b, q_h, q_m;
-  int64_t k_b, k_g, k_n;
-  int64_t v_b, v_g, v_n;
-  int64_t o_b, o_h, o_m;
-  int64_t bias_b, bias_h, bias_m, bias_n;
-  int64_t left, right;
-  int64_t mask_batches, mask_heads; /* 1 or b, 1 or h */
-  int64_t threads;
-  int32_t dtype;
-  int32_t kernel;
-  float scale;
-  float softcap; /* 0 for none */
-} attnkit_softmax;
-
 ATTNKIT_EXPORT int32_t attnkit_abi_version(void);
 ATTNKIT_EXPORT int32_t attnkit_openmp(void);
 ATTNKIT_EXPORT const char* attnkit_compiler(void);
@@ -85,17 +46,11 @@ ATTNKIT_EXPORT int32_t attnkit_level_runs_here(int32_t level);
 ATTNKIT_EXPORT int32_t attnkit_get_level(void);
 ATTNKIT_EXPORT int32_t attnkit_set_level(int32_t level);
 
-/* Bytes of scratch memory a call needs, or minus a status code. */
-ATTNKIT_EXPORT int64_t attnkit_softmax_scratch_bytes(const attnkit_softmax* call);
-ATTNKIT_EXPORT int32_t attnkit_softmax_forward(const attnkit_softmax* call, void* scratch, int64_t scratch_bytes);
-
-/* The machine's limits through the chosen level. Each runs for about `seconds` and returns the best figure seen. */
-ATTNKIT_EXPORT double attnkit_fma_gflops(int64_t threads, double seconds);
-ATTNKIT_EXPORT double attnkit_bf16_dot_gflops(int64_t threads, double seconds); /* 0 without the instruction */
-ATTNKIT_EXPORT double attnkit_read_gigabytes(const void* buffer, int64_t bytes, int64_t threads, double seconds);
-
 #ifdef __cplusplus
 }
 #endif
+
+#include "abi/limits.h"
+#include "abi/softmax.h"
 
 #endif

@@ -1,4 +1,4 @@
-// What one instruction level offers. abi.cpp holds the table of the levels that were built.
+// What one instruction level offers, a struct per family of kernels. abi.cpp holds the table of the levels that were built.
 #ifndef ATTNKIT_LEVEL_H
 #define ATTNKIT_LEVEL_H
 
@@ -6,14 +6,25 @@
 
 namespace attnkit {
 
-struct Level {
-  const char* name;
-  int64_t (*softmax_scratch_bytes)(const attnkit_softmax&);
-  void (*softmax_forward)(const attnkit_softmax&, char* scratch);
+struct LimitKernels {
   double (*fma_gflops)(int64_t threads, double seconds);
   double (*bf16_dot_gflops)(int64_t threads, double seconds);
   double (*read_gigabytes)(const void* buffer, int64_t bytes, int64_t threads, double seconds);
 };
+
+struct SoftmaxKernels {
+  int64_t (*scratch_bytes)(const attnkit_softmax&);
+  void (*forward)(const attnkit_softmax&, char* scratch);
+};
+
+struct Level {
+  const char* name;
+  const LimitKernels& limits;
+  const SoftmaxKernels& softmax;
+};
+
+// The level that was chosen.
+const Level& level();
 
 }  // namespace attnkit
 

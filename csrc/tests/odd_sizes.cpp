@@ -191,7 +191,7 @@ int main() {
     c.add_features();
     for (int32_t level = 0; level < attnkit_level_count(); ++level) {
       if (attnkit_set_level(level) != ATTNKIT_OK) continue;
-      std::vector<char> scratch(static_cast<size_t>(attnkit_softmax_scratch_bytes(&c.s)), char(0xff));
+      std::vector<char> scratch(static_cast<size_t>(attnkit_softmax_forward_scratch_bytes(&c.s)), char(0xff));
       const int32_t status = attnkit_softmax_forward(&c.s, scratch.data(), static_cast<int64_t>(scratch.size()));
       const double error = status == ATTNKIT_OK ? c.error() : INFINITY;
       ++runs;

@@ -18,7 +18,7 @@ from attnkit.mechanisms.softmax import cpu
 from attnkit.testing.budgets import assert_within
 
 ROOT = Path(__file__).parents[2]
-HEADER = (ROOT / "csrc" / "abi.h").read_text()
+HEADER = "".join(path.read_text() for path in (ROOT / "csrc" / "abi.h", *sorted((ROOT / "csrc" / "abi").glob("*.h"))))
 DECLARATIONS = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.S)
 
 needs_library = pytest.mark.skipif(not native.STATUS.available, reason=native.STATUS.reason)
@@ -30,7 +30,7 @@ KINDS = {
     "double": c_double,
     "const char*": c_char_p,
     # A struct goes over as packed bytes.
-    "const attnkit_softmax*": c_char_p,
+    **{f"const attnkit_{name}*": c_char_p for name in native.STRUCTS},
 }
 
 
@@ -38,13 +38,18 @@ def kind(declared: str) -> type:
     return KINDS.get(declared) or {True: c_void_p}[declared.endswith("*")]
 
 
-def test_struct_matches_the_header():
-    body = re.search(r"typedef struct attnkit_softmax \{(.*?)\} attnkit_softmax;", DECLARATIONS, re.S)[1]
+def test_structs_match_the_headers():
+    assert sorted(re.findall(r"typedef struct attnkit_(\w+)", DECLARATIONS)) == sorted(native.STRUCTS)
+
+
+@pytest.mark.parametrize("name", native.STRUCTS)
+def test_struct_matches_the_header(name):
+    body = re.search(rf"typedef struct attnkit_{name} \{{(.*?)\}} attnkit_{name};", DECLARATIONS, re.S)[1]
     fields = []
     for line in filter(None, (line.strip() for line in body.split(";"))):
         declared, names = re.fullmatch(r"((?:const )?\w+\*?) (.*)", line, re.S).groups()
         fields += [(name.strip(), kind(declared)) for name in names.split(",")]
-    assert fields == list(native.SOFTMAX_FIELDS)
+    assert fields == list(native.STRUCTS[name])
 
 
 def test_functions_match_the_header():

@@ -11,7 +11,7 @@ import os
 import struct
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
@@ -30,15 +30,15 @@ __all__ = [
     "fma_gflops",
     "get_level",
     "read_gigabytes",
+    "run",
     "set_level",
-    "softmax_forward",
     "use_level",
 ]
 
 LIBRARY = "attnkit_native.so"
 
-# The declarations of csrc/abi.h; a test compares the two.
-ABI_VERSION = 1
+# The declarations of csrc/abi.h and csrc/abi/; a test compares the two.
+ABI_VERSION = 2
 BLOCK_QUERIES = 48
 BLOCK_KEYS = 64
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -67,7 +67,7 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     "attnkit_level_runs_here": (c_int32, (c_int32,)),
     "attnkit_get_level": (c_int32, ()),
     "attnkit_set_level": (c_int32, (c_int32,)),
-    "attnkit_softmax_scratch_bytes": (c_int64, (c_char_p,)),
+    "attnkit_softmax_forward_scratch_bytes": (c_int64, (c_char_p,)),
     "attnkit_softmax_forward": (c_int32, (c_char_p, c_void_p, c_int64)),
     "attnkit_fma_gflops": (c_double, (c_int64, c_double)),
     "attnkit_bf16_dot_gflops": (c_double, (c_int64, c_double)),
@@ -84,7 +84,14 @@ ERRORS = {
 }
 
 _FORMATS: dict[Any, str] = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f"}
-pack_softmax = struct.Struct("@" + "".join(_FORMATS[kind] for _, kind in SOFTMAX_FIELDS)).pack
+STRUCTS = {"softmax": SOFTMAX_FIELDS}
+
+
+def _packer(fields: tuple[tuple[str, type], ...]) -> Callable[..., bytes]:
+    return struct.Struct("@" + "".join(_FORMATS[kind] for _, kind in fields)).pack
+
+
+pack_softmax = _packer(SOFTMAX_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -188,15 +195,18 @@ def use_level(name: str) -> Iterator[None]:
         set_level(before)
 
 
-def softmax_forward(call: bytes) -> None:
-    """Run one call packed by ``pack_softmax``; scratch memory is torch's, so that its allocator and profiler see it."""
-    size = _LIBRARY.attnkit_softmax_scratch_bytes(call)
+def run(function: str, call: bytes) -> None:
+    """Run ``attnkit_<function>`` on a packed call, such as ``softmax_forward`` on what ``pack_softmax`` gave.
+
+    Scratch memory is torch's, so that its allocator and profiler see it.
+    """
+    size = getattr(_LIBRARY, f"attnkit_{function}_scratch_bytes")(call)
     if size < 0:
-        raise RuntimeError(f"the native softmax kernel refused a call: {ERRORS[-size]}")
+        raise RuntimeError(f"the native kernel {function} refused a call: {ERRORS[-size]}")
     scratch = torch.empty(size, dtype=torch.uint8)
-    status = _LIBRARY.attnkit_softmax_forward(call, scratch.data_ptr(), size)
+    status = getattr(_LIBRARY, f"attnkit_{function}")(call, scratch.data_ptr(), size)
     if status:
-        raise RuntimeError(f"the native softmax kernel refused a call: {ERRORS[status]}")
+        raise RuntimeError(f"the native kernel {function} refused a call: {ERRORS[status]}")
 
 
 def fma_gflops(threads: int, seconds: float = 0.2) -> float:

@@ -126,7 +126,8 @@ def _run(
     left, right = interval or (UNBOUNDED, UNBOUNDED)
     blocks = None if mask is None else mask.block_list(m, n, native.BLOCK_QUERIES, native.BLOCK_KEYS)
     bias, alibi, sink = _float32(bias), _float32(alibi), _float32(sink)
-    native.softmax_forward(
+    native.run(
+        "softmax_forward",
         native.pack_softmax(
             q.data_ptr(),
             k.data_ptr(),
@@ -159,7 +160,7 @@ def _run(
             native.DECODE if m <= MOST_DECODE_QUERIES else native.PREFILL,
             scale,
             softcap or 0.0,
-        )
+        ),
     )
     return o, lse
 

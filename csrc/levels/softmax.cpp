@@ -1,0 +1,50 @@
+// Softmax attention at one instruction level.
+#include "prelude.h"
+
+namespace attnkit {
+namespace ATTNKIT_LEVEL {
+namespace {
+
+// clang-format off: the order matters
+#include "../kernels/simd.h"
+#include "../kernels/gemm.h"
+#include "../kernels/visible.h"
+#include "../kernels/logits.h"
+#include "../kernels/threads.h"
+#include "../kernels/pack.h"
+#include "../kernels/prefill.h"
+#include "../kernels/decode.h"
+// clang-format on
+
+// Calls f with the kernel that serves the call.
+template <class F>
+auto with_kernel(const attnkit_softmax& s, F f) {
+#if defined(ATTNKIT_BF16_DOT)
+  using BFloat16Product = BFloat16Math;
+#else
+  using BFloat16Product = Float32Math;
+#endif
+  if (s.kernel == ATTNKIT_DECODE) {
+    if (s.dtype == ATTNKIT_BFLOAT16) return f(Decode<BFloat16>(s));
+    if (s.dtype == ATTNKIT_FLOAT16) return f(Decode<Float16>(s));
+    return f(Decode<float>(s));
+  }
+  if (s.dtype == ATTNKIT_BFLOAT16) return f(Prefill<BFloat16Product, BFloat16>(s));
+  if (s.dtype == ATTNKIT_FLOAT16) return f(Prefill<Float32Math, Float16>(s));
+  return f(Prefill<Float32Math, float>(s));
+}
+
+int64_t softmax_scratch_bytes(const attnkit_softmax& s) {
+  return with_kernel(s, [](const auto& kernel) { return kernel.scratch_bytes(); });
+}
+
+void softmax_forward(const attnkit_softmax& s, char* scratch) {
+  with_kernel(s, [&](const auto& kernel) { kernel.run(scratch); });
+}
+
+}  // namespace
+
+const SoftmaxKernels softmax = {softmax_scratch_bytes, softmax_forward};
+
+}  // namespace ATTNKIT_LEVEL
+}  // namespace attnkit
