@@ -1,63 +1,7 @@
-// Runs every level, dtype and kernel over odd sizes and every feature, against a plain double loop, with each array in a
-// block of memory of exactly its size. Meant for the sanitizers, which see one number read too far:
-//
-//   cmake -S . -B build/sanitize && cmake --build build/sanitize --target attnkit_odd_sizes
-//   build/sanitize/attnkit_odd_sizes
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstring>
-#include <vector>
-
-#include "../abi.h"
+// Softmax attention over odd sizes, every feature, dtype and kernel, against a plain double loop.
+#include "tests.h"
 
 namespace {
-
-uint64_t state = 1;
-double uniform() {  // in [-1, 1)
-  state = state * 6364136223846793005u + 1442695040888963407u;
-  return static_cast<double>(state >> 11) * 0x1p-52 - 1.0;
-}
-int64_t below(int64_t n) { return static_cast<int64_t>((uniform() + 1.0) / 2.0 * static_cast<double>(n)); }
-template <class T, size_t N>
-T pick(const T (&choices)[N]) {
-  return choices[below(N)];
-}
-
-// Numbers stored in one of the three dtypes; the values kept here are exactly those stored.
-struct Numbers {
-  std::vector<double> values;
-  std::vector<float> as_float;
-  std::vector<uint16_t> as_half;
-  Numbers(int64_t count, int32_t dtype) {
-    for (int64_t i = 0; i < count; ++i) {
-      const float x = static_cast<float>(std::round(uniform() * 64.0) / 32.0);  // exact in all three
-      values.push_back(x);
-      uint32_t bits;
-      std::memcpy(&bits, &x, sizeof bits);
-      if (dtype == ATTNKIT_FLOAT32) as_float.push_back(x);
-      if (dtype == ATTNKIT_BFLOAT16) as_half.push_back(static_cast<uint16_t>(bits >> 16));
-      if (dtype == ATTNKIT_FLOAT16)
-        as_half.push_back(static_cast<uint16_t>((bits >> 16 & 0x8000) |
-                                                (x == 0 ? 0 : (bits & 0x7fffffff) - (112u << 23)) >> 13));
-    }
-  }
-  void* data() { return as_float.empty() ? static_cast<void*>(as_half.data()) : as_float.data(); }
-  double read(int64_t i, int32_t dtype) const {
-    if (dtype == ATTNKIT_FLOAT32) return as_float[i];
-    const uint16_t half = as_half[i];
-    if (dtype == ATTNKIT_BFLOAT16) {
-      const uint32_t bits = static_cast<uint32_t>(half) << 16;
-      float x;
-      std::memcpy(&x, &bits, sizeof x);
-      return x;
-    }
-    const int exponent = half >> 10 & 31;
-    const double mantissa = half & 1023;
-    const double size = exponent ? std::ldexp(1024.0 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
-    return half & 0x8000 ? -size : size;
-  }
-};
 
 struct Case {
   attnkit_softmax s{};
@@ -176,32 +120,29 @@ struct Case {
   }
 };
 
-}  // namespace
-
-int main() {
+void run_softmax(int64_t rounds) {
   const int64_t sizes[] = {1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 47, 48, 49, 59, 63, 64, 65, 100, 111, 130, 257, 300};
   const int64_t few[] = {1, 2, 3, 5, 9, 33, 48}, heads[] = {1, 2, 3, 5};
-  int bad = 0, runs = 0;
-  for (int round = 0; round < 300; ++round) {
+  for (int64_t round = 0; round < rounds; ++round) {
     const int64_t b = 1 + below(2), g = 1 + below(2), h = g * pick(heads);
     const int64_t n = pick(sizes), d = pick(sizes), e = pick(sizes);
     const int32_t kernel = static_cast<int32_t>(below(2)), dtype = static_cast<int32_t>(below(3));
     Case c(b, h, g, kernel == ATTNKIT_DECODE ? pick(few) : pick(sizes), n, d, e, dtype);
     c.s.kernel = kernel;
     c.add_features();
-    for (int32_t level = 0; level < attnkit_level_count(); ++level) {
-      if (attnkit_set_level(level) != ATTNKIT_OK) continue;
-      std::vector<char> scratch(static_cast<size_t>(attnkit_softmax_forward_scratch_bytes(&c.s)), char(0xff));
-      const int32_t status = attnkit_softmax_forward(&c.s, scratch.data(), static_cast<int64_t>(scratch.size()));
+    for (const int32_t level : levels()) {
+      attnkit_set_level(level);
+      const Scratch scratch(attnkit_softmax_forward_scratch_bytes(&c.s));
+      const int32_t status = attnkit_softmax_forward(&c.s, scratch.data(), scratch.bytes());
       const double error = status == ATTNKIT_OK ? c.error() : INFINITY;
-      ++runs;
-      if (!(error < (dtype == ATTNKIT_FLOAT32 ? 2e-4 : dtype == ATTNKIT_FLOAT16 ? 2e-3 : 2e-2))) {
-        ++bad;
-        std::printf("round %d level %s kernel %d dtype %d m %d n %d d %d e %d: status %d, error %g\n", round,
-                    attnkit_level_name(level), kernel, dtype, int(c.s.m), int(n), int(d), int(e), status, error);
-      }
+      count_call();
+      if (!(error < allowed(dtype)))
+        fail("softmax round %d level %s kernel %d dtype %d m %d n %d d %d e %d: status %d, error %g", int(round),
+             attnkit_level_name(level), kernel, dtype, int(c.s.m), int(n), int(d), int(e), status, error);
     }
   }
-  std::printf("%d runs, %d bad\n", runs, bad);
-  return bad != 0;
 }
+
+const Family family("softmax", run_softmax);
+
+}  // namespace
