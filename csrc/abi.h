@@ -51,6 +51,7 @@ ATTNKIT_EXPORT int32_t attnkit_set_level(int32_t level);
 #endif
 
 #include "abi/limits.h"
+#include "abi/linear.h"
 #include "abi/softmax.h"
 
 #endif

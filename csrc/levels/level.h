@@ -17,10 +17,18 @@ struct SoftmaxKernels {
   void (*forward)(const attnkit_softmax&, char* scratch);
 };
 
+struct LinearKernels {
+  int64_t (*forward_scratch_bytes)(const attnkit_linear&);
+  void (*forward)(const attnkit_linear&, char* scratch);
+  int64_t (*backward_scratch_bytes)(const attnkit_linear&);
+  void (*backward)(const attnkit_linear&, char* scratch);
+};
+
 struct Level {
   const char* name;
   const LimitKernels& limits;
   const SoftmaxKernels& softmax;
+  const LinearKernels& linear;
 };
 
 // The level that was chosen.

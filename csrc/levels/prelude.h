@@ -22,5 +22,6 @@ namespace ATTNKIT_LEVEL {
 extern const Level level;
 extern const LimitKernels limits;
 extern const SoftmaxKernels softmax;
+extern const LinearKernels linear;
 }  // namespace ATTNKIT_LEVEL
 }  // namespace attnkit

@@ -15,6 +15,7 @@ import torch
 import attnkit
 from attnkit import native
 from attnkit.mechanisms.softmax import cpu
+from attnkit.native import linear
 from attnkit.testing.budgets import assert_within
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +67,9 @@ def test_constants_match_the_header():
     assert constants.pop("BLOCK_QUERIES") == native.BLOCK_QUERIES
     assert constants.pop("BLOCK_KEYS") == native.BLOCK_KEYS
     assert (constants.pop("PREFILL"), constants.pop("DECODE")) == (native.PREFILL, native.DECODE)
+    assert constants.pop("LINEAR_CHUNK") == linear.CHUNK
+    kinds = tuple(constants.pop(f"DECAY_{kind}") for kind in ("NONE", "TOKEN", "CHANNEL"))
+    assert kinds == (linear.DECAY_NONE, linear.DECAY_TOKEN, linear.DECAY_CHANNEL)
     assert {str(dtype): constants.pop(str(dtype).removeprefix("torch.").upper()) for dtype in native.DTYPES} == {
         str(dtype): number for dtype, number in native.DTYPES.items()
     }

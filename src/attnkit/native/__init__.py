@@ -21,6 +21,8 @@ from typing import Any
 # First of all: the library then shares torch's OpenMP threads instead of starting its own.
 import torch
 
+from attnkit.native import linear
+
 __all__ = [
     "BLOCK_KEYS",
     "BLOCK_QUERIES",
@@ -69,6 +71,7 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     "attnkit_set_level": (c_int32, (c_int32,)),
     "attnkit_softmax_forward_scratch_bytes": (c_int64, (c_char_p,)),
     "attnkit_softmax_forward": (c_int32, (c_char_p, c_void_p, c_int64)),
+    **linear.FUNCTIONS,
     "attnkit_fma_gflops": (c_double, (c_int64, c_double)),
     "attnkit_bf16_dot_gflops": (c_double, (c_int64, c_double)),
     "attnkit_read_gigabytes": (c_double, (c_void_p, c_int64, c_int64, c_double)),
@@ -84,7 +87,7 @@ ERRORS = {
 }
 
 _FORMATS: dict[Any, str] = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f"}
-STRUCTS = {"softmax": SOFTMAX_FIELDS}
+STRUCTS = {"softmax": SOFTMAX_FIELDS, "linear": linear.FIELDS}
 
 
 def _packer(fields: tuple[tuple[str, type], ...]) -> Callable[..., bytes]:
@@ -92,6 +95,7 @@ def _packer(fields: tuple[tuple[str, type], ...]) -> Callable[..., bytes]:
 
 
 pack_softmax = _packer(SOFTMAX_FIELDS)
+pack_linear = _packer(linear.FIELDS)
 
 
 @dataclass(frozen=True)

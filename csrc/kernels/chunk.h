@@ -1,0 +1,308 @@
+// A chunk of 64 tokens of a sum that fades, S_t = a_t S_{t-1} + k_t u_t^T, as products of matrices.
+//
+// Inside a chunk a query i sees key j <= i through q_i . k_j times what the decays leave of j at i; of the state before the
+// chunk, `start` is left at a token; of a token, `end` is left at the chunk's end. With one decay a token these are tables
+// of numbers: differences of sums in double, so that no exponent is positive and no digit is lost after a gate that closes.
+// With one a channel the chunk is cut into tiles of 16. Keys of earlier tiles are faded to the start of the query's tile,
+// queries from there, and both are products of decays, never quotients: nothing overflows, and a decay of 0 is like any
+// other. Inside a tile the fading key is carried from query to query. The delta rule's u are a unit lower triangular system,
+// solved by forward substitution, six rows at a time.
+//
+// All matrices are row-major float32 in scratch memory; at d = e = 64 a chunk's are 200 KB, which the second cache holds.
+
+constexpr int64_t kChunk = ATTNKIT_LINEAR_CHUNK;
+constexpr int64_t kChunkRows = 66;  // a multiple of kRows
+constexpr int64_t kDecayTile = 16;
+constexpr int64_t kEarlier = 16 + 32 + 48;  // keys before the second, third and fourth tile
+static_assert(kChunkRows % kRows == 0 && kChunkRows >= kChunk, "rows come in blocks");
+
+// Below e^-200 nothing of a float32 is left, and sums of such logarithms keep their digits.
+constexpr float kClosed = -200.0f;
+
+// Scratch memory, handed out in whole cache lines; without memory it only counts.
+struct Arena {
+  float* at;
+  int64_t used = 0;
+  float* take(int64_t count) {
+    float* const result = at ? at + used : nullptr;
+    used += round_up(count, 16);
+    return result;
+  }
+};
+
+ATTNKIT_INLINE int64_t chunk_count(const attnkit_linear& c) { return ceil_div(c.n, kChunk); }
+
+// Where the tensors of one state are.
+struct Unit {
+  int64_t batch, state, number;
+  Unit(const attnkit_linear& c, int64_t i) : batch(i / c.s), state(i % c.s), number(i) {}
+  int64_t key(const attnkit_linear& c) const { return batch * c.k_b + state / (c.s / c.k_heads) * c.k_h; }
+  int64_t value(const attnkit_linear& c) const { return batch * c.v_b + state / (c.s / c.v_heads) * c.v_h; }
+  int64_t decay(const attnkit_linear& c) const { return batch * c.decay_b + state * c.decay_s; }
+  int64_t beta(const attnkit_linear& c) const { return batch * c.beta_b + state * c.beta_s; }
+};
+
+template <class T>
+struct Chunk {
+  const attnkit_linear& c;
+  const int64_t ld, le;  // row lengths of matrices with d and with e columns; d also counts rows
+  const bool channels, fades;
+  int64_t first = 0, size = 0;  // tokens of the chunk
+
+  float *k, *kt, *kw, *v, *x, *beta;                    // keys, transposed, faded to the end; values; scratch rows
+  float *start, *end, *through, *table, *high, *low;    // of one decay a token; `through` is a number a channel
+  float *a, *tile, *from_start, *to_end, *left, *kd, *kdt;  // of one a channel
+
+  Chunk(const attnkit_linear& call, Arena& arena)
+      : c(call),
+        ld(round_up(round_up(call.d, kRows), kWidth)),
+        le(round_up(call.e, kWidth)),
+        channels(call.decay_kind == ATTNKIT_DECAY_CHANNEL),
+        fades(call.decay_kind != ATTNKIT_DECAY_NONE) {
+    k = arena.take(kChunkRows * ld);
+    kt = arena.take(ld * kChunk);
+    kw = arena.take(kChunkRows * ld);
+    v = arena.take(kChunkRows * le);
+    x = arena.take(kChunkRows * ld);
+    beta = arena.take(kChunkRows);
+    start = arena.take(kChunkRows);
+    end = arena.take(kChunkRows);
+    through = arena.take(ld);
+    const int64_t token = fades && !channels, channel = channels;
+    table = arena.take(token * kChunkRows * kChunk);
+    high = arena.take(token * kChunk);
+    low = arena.take(token * kChunk);
+    a = arena.take(channel * kChunk * ld);
+    tile = arena.take(channel * kChunkRows * ld);
+    from_start = arena.take(channel * kChunkRows * ld);
+    to_end = arena.take(channel * kChunkRows * ld);
+    left = arena.take(channel * kEarlier * ld);
+    kd = arena.take(channel * kEarlier * ld);
+    kdt = arena.take(channel * ld * kEarlier);
+  }
+
+  // Keys, values and decays of `count` tokens from `from` on. With the delta rule only those before the first token that
+  // is no step of it count, see attnkit.mechanisms.delta.lawful; returns whether that was all of them.
+  bool load_tokens(const Unit& unit, int64_t from, int64_t count) {
+    const T* keys = static_cast<const T*>(c.k) + unit.key(c) + from * c.k_n;
+    const T* values = static_cast<const T*>(c.v) + unit.value(c) + from * c.v_n;
+    const float* decay = fades ? c.decay + unit.decay(c) + from * c.decay_n : nullptr;
+    first = from;
+    size = count;
+    load_rows(keys, c.k_n, size, c.d, 1.0f, k, ld, kChunkRows);
+    load_rows(values, c.v_n, size, c.e, 1.0f, v, le, kChunkRows);
+    if (c.beta) {
+      const float* strengths = c.beta + unit.beta(c) + from * c.beta_n;
+      for (int64_t t = 0; t < kChunkRows; ++t) beta[t] = t < size ? strengths[t * c.beta_n] : 0.0f;
+      const int64_t good = lawful_tokens(decay);
+      if (good < size) {
+        size = good;
+        load_rows(keys, c.k_n, size, c.d, 1.0f, k, ld, kChunkRows);
+        load_rows(values, c.v_n, size, c.e, 1.0f, v, le, kChunkRows);
+        for (int64_t t = size; t < kChunkRows; ++t) beta[t] = 0.0f;
+      }
+    }
+    transposed(k, ld, round_up(size, kWidth), round_up(c.d, kWidth), kt, kChunk);
+    if (channels) {
+      channel_decays(decay);
+    } else {
+      token_decays(decay);
+    }
+    return size == count;
+  }
+
+  // Products of rows (size, d) with the keys up to each row's own, or before it, times what is left of these there.
+  // `rows` are faded from the start of their tiles where decays have channels. Numbers of hidden keys are zeros.
+  void scores(const float* rows, bool own, float sign, float* out) const {
+    if (channels) {
+      multiply_each(rows, tile, round_up(size, kDecayTile) * ld, x);
+      for (int64_t t = 0, before = 0; t < size; before += t, t += kDecayTile) {
+        if (t)
+          multiply(least(kDecayTile, size - t), t, c.d, rows_of(x + t * ld, ld), kdt + before, kEarlier, out + t * kChunk,
+                   kChunk);
+        tile_scores(rows, t, out);
+      }
+    } else {
+      multiply<Part::kColumnsUpTo>(size, size, c.d, rows_of(rows, ld), kt, kChunk, out, kChunk);
+    }
+    const bool table_used = fades && !channels;
+    for (int64_t i = 0; i < kChunkRows; ++i) {
+      const int64_t visible = i < size ? i + own : 0;
+      float* row = out + i * kChunk;
+      for (int64_t j = 0; j < kChunk; j += kWidth) {
+        const int64_t some = visible - j;
+        if (some <= 0) {
+          store(row + j, zero());
+          continue;
+        }
+        Vec found = load(row + j) * splat(sign);
+        if (table_used) found = found * load(table + i * kChunk + j);
+        store(row + j, some >= kWidth ? found : select((Bits{1} << some) - 1, found, 0.0f));
+      }
+    }
+  }
+
+  // out (size, e) = what rows read from the state before the chunk: for token decays the rows' factors are `start`, still
+  // to be multiplied in; see fade().
+  void read(const float* rows, const float* state, float* out) {
+    if (channels) {
+      multiply_each(rows, from_start, kChunkRows * ld, x);
+      rows = x;
+    }
+    multiply(size, c.e, c.d, rows_of(rows, ld), state, le, out, le);
+  }
+  // Factors of what read() found.
+  const float* fade() const { return start; }
+
+  // Keys faded to the end of the chunk.
+  void weigh_keys() {
+    if (channels) {
+      multiply_each(k, to_end, kChunkRows * ld, kw);
+    } else {
+      multiply_rows(k, end, kChunkRows, ld, kw);
+    }
+  }
+
+  // u (size, e) of the delta rule, and r with u = beta r: r = v - read - sum over j < i of (decayed k_i . k_j) u_j, where
+  // `system` holds minus these products. `r` is what the keys read, still without their factors.
+  void solve(const float* system, float* r, float* u) const {
+    for (int64_t i = 0; i < kChunkRows; ++i) {
+      const Vec factor = splat(-start[i]);
+      for (int64_t j = 0; j < le; j += kWidth)
+        store(r + i * le + j, fma(factor, load(r + i * le + j), load(v + i * le + j)));
+    }
+    for (int64_t row = 0; row < size; row += kRows) {
+      if (row) multiply(kRows, c.e, row, rows_of(system + row * kChunk, kChunk), u, le, r + row * le, le, kOnes);
+      for (int64_t i = row; i < row + kRows; ++i) {
+        for (int64_t j = 0; j < le; j += kWidth) {
+          Vec found = load(r + i * le + j);
+          for (int64_t l = row; l < i; ++l) found = fma(splat(system[i * kChunk + l]), load(u + l * le + j), found);
+          store(r + i * le + j, found);
+          store(u + i * le + j, found * splat(beta[i]));
+        }
+      }
+    }
+  }
+
+  // The state after the chunk.
+  void advance(const float* u, float* state) const {
+    multiply(c.d, c.e, size, columns_of(kw, ld), u, le, state, le, through);
+  }
+
+  static constexpr float kOnes[kRows] = {1, 1, 1, 1, 1, 1};
+
+ private:
+  int64_t lawful_tokens(const float* decay) const {
+    for (int64_t t = 0; t < size; ++t) {
+      Vec square = zero(), odd = zero();
+      for (int64_t j = 0; j < ld; j += kWidth) square = fma(load(k + t * ld + j), load(k + t * ld + j), square);
+      for (int64_t j = 0; j < le; j += kWidth) odd = fma(load(v + t * le + j), zero(), odd);
+      const float strength = beta[t] * sum(square);
+      bool good = strength >= 0.0f && strength <= 2.1f && bits_unequal(odd, 0.0f) == 0;
+      if (fades) {
+        const float* row = decay + t * c.decay_n;
+        if (channels) {
+          bool falls = true;
+          for (int64_t j = 0; j < c.d; ++j) falls &= row[j] <= 0.0f;
+          good = good && falls;
+        } else {
+          good = good && *row <= 0.0f;
+        }
+      }
+      if (!good) return t;
+    }
+    return size;
+  }
+
+  void token_decays(const float* decay) {
+    for (int64_t i = 0; i < kChunkRows; ++i) start[i] = end[i] = 1.0f;
+    for (int64_t i = 0; i < ld; ++i) through[i] = 1.0f;
+    if (!fades) return;
+    double total = 0.0, sums[kChunk];
+    for (int64_t t = 0; t < kChunk; ++t) {
+      if (t < size) {
+        const float g = decay[t * c.decay_n];
+        total += static_cast<double>(g < kClosed ? kClosed : g) * 1.4426950408889634;
+      }
+      sums[t] = total;
+      high[t] = static_cast<float>(total);
+      low[t] = static_cast<float>(total - static_cast<double>(high[t]));
+    }
+    for (int64_t t = 0; t < kChunk; ++t) end[t] = static_cast<float>(total - sums[t]);
+    for (int64_t t = 0; t < kChunk; t += kWidth) {
+      store(start + t, exp2<5>(load(high + t)));
+      store(end + t, exp2<5>(load(end + t)));
+    }
+    const Vec all = splat(start[kChunk - 1]);
+    for (int64_t i = 0; i < ld; i += kWidth) store(through + i, all);
+    for (int64_t i = 0; i < size; ++i) {
+      for (int64_t j = 0; j <= i; j += kWidth) {
+        const Vec gap = (splat(high[i]) - load(high + j)) + (splat(low[i]) - load(low + j));
+        store(table + i * kChunk + j, exp2<5>(min(zero(), gap)));
+      }
+    }
+  }
+
+  void channel_decays(const float* decay) {
+    for (int64_t i = 0; i < kChunkRows; ++i) start[i] = 1.0f;
+    for (int64_t t = 0; t < kChunk; ++t) {
+      for (int64_t j = 0; j < ld; j += kWidth) {
+        const Vec g = t < size && j < c.d ? load_some(decay + t * c.decay_n + j, c.d - j) : zero();
+        store(a + t * ld + j, exp2<5>(g * splat(kLog2E)));
+      }
+    }
+    for (int64_t j = 0; j < ld; j += kWidth) {
+      Vec all = splat(1.0f), part = all;
+      for (int64_t t = 0; t < kChunk; ++t) {
+        const Vec x = load(a + t * ld + j);
+        all = all * x;
+        part = t % kDecayTile ? part * x : x;
+        store(from_start + t * ld + j, all);
+        store(tile + t * ld + j, part);
+      }
+      store(through + j, all);
+      for (int64_t t = kChunk; t < kChunkRows; ++t) {
+        store(from_start + t * ld + j, zero());
+        store(tile + t * ld + j, zero());
+        store(to_end + t * ld + j, zero());
+      }
+      faded(kChunk, j, to_end);
+      for (int64_t t = kDecayTile, before = 0; t < kChunk; before += t, t += kDecayTile) {
+        faded(t, j, left + before * ld);
+        for (int64_t i = 0; i < t; ++i)
+          store(kd + (before + i) * ld + j, load(left + (before + i) * ld + j) * load(k + i * ld + j));
+      }
+    }
+    transposed(kd, ld, kEarlier, round_up(c.d, kWidth), kdt, kEarlier);
+  }
+
+  // What is left of the tokens before `stop` right before it, in the channels from j on.
+  void faded(int64_t stop, int64_t j, float* to) const {
+    Vec x = splat(1.0f);
+    for (int64_t t = stop - 1; t >= 0; --t) {
+      store(to + t * ld + j, x);
+      x = x * load(a + t * ld + j);
+    }
+  }
+
+  // Products within the tile that starts at token t.
+  void tile_scores(const float* rows, int64_t t, float* out) const {
+    const int64_t count = least(kDecayTile, size - t);
+    for (int64_t key = 0; key < count; ++key) {
+      Vec found[kDecayTile];
+      for (int64_t i = 0; i < kDecayTile; ++i) found[i] = zero();
+      for (int64_t j = 0; j < c.d; j += kWidth) {
+        Vec x = load(k + (t + key) * ld + j);
+        found[key] = fma(x, load(rows + (t + key) * ld + j), found[key]);
+        for (int64_t i = key + 1; i < count; ++i) {
+          x = x * load(a + (t + i) * ld + j);
+          found[i] = fma(x, load(rows + (t + i) * ld + j), found[i]);
+        }
+      }
+      for (int64_t i = key; i < count; ++i) out[(t + i) * kChunk + t + key] = sum(found[i]);
+    }
+  }
+};
+
+template <class T>
+constexpr float Chunk<T>::kOnes[kRows];

@@ -1,0 +1,118 @@
+// The forward pass over chunks, one state a task, and the single token of decoding.
+//
+// For each chunk: the keys' own scores and the solved u with the delta rule, u = v without; for each query head that reads
+// the state, scores, what is read from the state and what the scores take of u; then the state moves on. A state's tokens
+// are one chain, so tasks are states; nothing depends on how they are shared out among threads.
+
+// A call below this many multiply-adds is done sooner by one thread.
+ATTNKIT_INLINE int64_t linear_threads(const attnkit_linear& c) {
+  const double work = static_cast<double>(c.b * c.h) * static_cast<double>(c.n) * static_cast<double>(c.d + kChunk) *
+                      static_cast<double>(c.e);
+  return work < kWorthAThread ? 1 : clamp<int64_t>(c.b * c.s, 1, available_threads(c.threads));
+}
+
+// State (d, e) between the caller's tensor and rows of whole vectors; null is zeros.
+inline void load_state(const attnkit_linear& c, const float* from, float* to, int64_t rows, int64_t le) {
+  load_rows(from, c.e, from ? c.d : 0, c.e, 1.0f, to, le, rows);
+}
+
+template <class T>
+class Recurrent {
+ public:
+  explicit Recurrent(const attnkit_linear& call) : c_(call), threads_(linear_threads(call)), bytes_(work_bytes()) {}
+
+  int64_t scratch_bytes() const { return threads_ * bytes_; }
+
+  void run(char* scratch) const {
+    const int64_t units = c_.b * c_.s;
+#pragma omp parallel num_threads(static_cast<int>(threads_)) if (threads_ > 1)
+    {
+      Arena arena{reinterpret_cast<float*>(scratch + thread_number() * bytes_)};
+      Work work(c_, arena);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < units; ++i) walk(work, Unit(c_, i));
+    }
+  }
+
+ private:
+  struct Work {
+    Chunk<T> chunk;
+    float *q, *o, *u, *r, *state, *scores, *system;
+    Work(const attnkit_linear& c, Arena& arena) : chunk(c, arena) {
+      q = arena.take(kChunkRows * chunk.ld);
+      o = arena.take(kChunkRows * chunk.le);
+      u = arena.take(c.beta ? kChunkRows * chunk.le : 0);
+      r = arena.take(c.beta ? kChunkRows * chunk.le : 0);
+      system = arena.take(c.beta ? kChunkRows * kChunk : 0);
+      state = arena.take(chunk.ld * chunk.le);
+      scores = arena.take(kChunkRows * kChunk);
+    }
+  };
+
+  int64_t work_bytes() const {
+    Arena arena{nullptr};
+    Work work(c_, arena);
+    return arena.used * static_cast<int64_t>(sizeof(float));
+  }
+
+  void walk(Work& w, const Unit& unit) const {
+    Chunk<T>& chunk = w.chunk;
+    const int64_t past = c_.n - c_.m, size = c_.d * c_.e;
+    load_state(c_, c_.state ? c_.state + unit.number * size : nullptr, w.state, chunk.ld, chunk.le);
+    int64_t counted = c_.n;
+    for (int64_t first = 0, number = 0; first < c_.n; first += kChunk, ++number) {
+      if (c_.states)
+        store_rows(w.state, chunk.le, c_.d, c_.e, c_.states + (unit.number * chunk_count(c_) + number) * size, c_.e);
+      const bool all = chunk.load_tokens(unit, first, least(kChunk, c_.n - first));
+      const float* u = chunk.v;
+      if (c_.beta) {
+        chunk.scores(chunk.k, false, -1.0f, w.system);
+        chunk.read(chunk.k, w.state, w.r);
+        chunk.solve(w.system, w.r, w.u);
+        u = w.u;
+      }
+      if (first + chunk.size > past)
+        for (int64_t i = 0; i < c_.h / c_.s; ++i) answer(w, unit, i, u);
+      chunk.weigh_keys();
+      chunk.advance(u, w.state);
+      if (!all) {
+        counted = first + chunk.size;
+        break;
+      }
+    }
+    if (c_.lawful) c_.lawful[unit.number] = counted;
+    if (counted < c_.n) spoil(w, unit, counted);
+    if (c_.last) store_rows(w.state, chunk.le, c_.d, c_.e, c_.last + unit.number * size, c_.e);
+  }
+
+  // Results of the chunk for query head i of the state.
+  void answer(Work& w, const Unit& unit, int64_t i, const float* u) const {
+    Chunk<T>& chunk = w.chunk;
+    const int64_t head = unit.state * (c_.h / c_.s) + i, past = c_.n - c_.m;
+    const int64_t skip = most<int64_t>(past - chunk.first, 0), row = chunk.first + skip - past;
+    const T* q = static_cast<const T*>(c_.q) + unit.batch * c_.q_b + head * c_.q_h + row * c_.q_m;
+    load_rows(static_cast<const T*>(nullptr), 0, 0, c_.d, c_.scale, w.q, chunk.ld, skip);
+    load_rows(q, c_.q_m, chunk.size - skip, c_.d, c_.scale, w.q + skip * chunk.ld, chunk.ld, kChunkRows - skip);
+    chunk.scores(w.q, true, 1.0f, w.scores);
+    chunk.read(w.q, w.state, w.o);
+    multiply<Part::kStepsUpTo>(chunk.size, c_.e, chunk.size, rows_of(w.scores, kChunk), u, chunk.le, w.o, chunk.le,
+                               chunk.fade());
+    T* o = static_cast<T*>(c_.o) + ((unit.batch * c_.h + head) * c_.m + row) * c_.e;
+    store_rows(w.o + skip * chunk.le, chunk.le, chunk.size - skip, c_.e, o, c_.e);
+  }
+
+  // NaN from the first token on that is no step of a delta rule, and in the state.
+  void spoil(Work& w, const Unit& unit, int64_t counted) const {
+    const int64_t le = w.chunk.le;
+    const Vec nan = splat(__builtin_nanf(""));
+    for (int64_t j = 0; j < w.chunk.ld * le; j += kWidth) store(w.state + j, nan);
+    for (int64_t i = 0; i < c_.h / c_.s; ++i) {
+      const int64_t head = unit.state * (c_.h / c_.s) + i;
+      for (int64_t row = counted; row < c_.n; ++row)
+        store_rows(w.state, le, 1, c_.e, static_cast<T*>(c_.o) + ((unit.batch * c_.h + head) * c_.m + row) * c_.e, c_.e);
+    }
+  }
+
+  const attnkit_linear& c_;
+  const int64_t threads_, bytes_;
+};

@@ -1,0 +1,177 @@
+"""The native form of ``attnkit.recurrence``, and of the delta rule, with its gradients.
+
+One call serves linear attention, retention, gated linear attention and the delta rule: they differ in what fades and
+in ``beta``. The forward pass keeps one state for each 64 tokens when a gradient is wanted, and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from attnkit import native
+from attnkit.native import linear
+
+# Scratch memory grows with d * e; no head is near this.
+MOST_SIZE = 1 << 16
+
+Given = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def reasons(q: Tensor, d: int, e: int) -> tuple[str, ...]:
+    """Why the native kernels cannot run queries like ``q`` with ``d`` channels of keys and ``e`` of values."""
+    found = []
+    if not native.STATUS.available:
+        found.append(native.STATUS.reason)
+    if q.device.type != "cpu":
+        found.append(f"device is {q.device.type}, the native kernel needs cpu")
+    if q.dtype not in native.DTYPES:
+        found.append(f"dtype is {q.dtype}, the native kernel takes float32, bfloat16 and float16")
+    for name, size in (("key", d), ("value", e)):
+        if not 1 <= size <= MOST_SIZE:
+            found.append(f"{name} size is {size}, the native kernel takes 1 to {MOST_SIZE}")
+    return tuple(found)
+
+
+def recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    beta: Tensor | None = None,
+    keep: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """``o`` (b, h, m, e) in q's dtype and the state (b, s, d, e) float32 after the last token.
+
+    q: (b, h, m, d), float32, bfloat16 or float16, the last ``m`` of the ``n`` positions. k: (b, ., n, d) and v: (b, .,
+    n, e), same dtype; the numbers of their heads divide ``s``, which divides ``h``.
+    log_decay: (s,), (b, s, n) or (b, s, n, d), at most 0; None never fades.
+    beta: (b, s, n) for the delta rule, whose tokens have to be lawful: see ``attnkit.mechanisms.delta.lawful``.
+    state: (b, s, d, e); None is zeros. ``s`` is the most heads that any of k, v, log_decay, beta and state has.
+    keep: (b, n) bool, False for padding, which neither adds to the state nor lets it fade; not with ``beta``.
+    """
+    if log_decay is not None:
+        log_decay = log_decay.float()
+        if log_decay.dim() == 1:
+            log_decay = log_decay[None, :, None].expand(q.shape[0], -1, k.shape[2])
+    if keep is not None:
+        k = k.masked_fill(~keep[:, None, :, None], 0.0)
+        if log_decay is not None:
+            log_decay = log_decay.masked_fill(~(keep[:, None, :, None] if log_decay.dim() == 4 else keep[:, None]), 0.0)
+    beta = None if beta is None else beta.float()
+    state = None if state is None else state.float()
+    given: Given = (q, k, v, log_decay, beta, state)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+        o, last = _Recurrence.apply(*given, scale)  # type: ignore[no-untyped-call]
+        return o, last
+    return _forward(given, scale, keep_states=False)[:2]
+
+
+class _Recurrence(Function):
+    """The kernels with their gradients, which have none themselves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        beta: Tensor | None,
+        state: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        o, last, states, lawful = _forward((q, k, v, log_decay, beta, state), scale, keep_states=True)
+        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, log_decay, beta, state, states, lawful)
+        return o, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_o: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
+        *given, states, lawful = ctx.saved_tensors
+        slopes = _backward(tuple(given), ctx.scale, states, lawful, d_o, d_last)
+        return *slopes, None
+
+
+def _forward(given: Given, scale: float, *, keep_states: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Results, the last state, the states before every chunk if they are to be kept, and how many tokens count."""
+    q, k, v, log_decay, beta, state = given = _laid_out(given)
+    (b, h, m, d), e, s = q.shape, v.shape[3], _states(given)
+    o, last = q.new_empty(b, h, m, e), q.new_empty(b, s, d, e, dtype=torch.float32)
+    if k.shape[2] == 0:
+        last.zero_() if state is None else last.copy_(state)
+    chunks = -(-k.shape[2] // linear.CHUNK) if keep_states else 0
+    states = q.new_empty(b, s, chunks, d, e, dtype=torch.float32)
+    lawful = q.new_empty(0 if beta is None else b * s, dtype=torch.int64)
+    results = {"o": o, "last": last, "states": states if keep_states else None, "lawful": lawful}
+    native.run("linear_forward", _packed(given, scale, results))
+    return o, last, states, lawful
+
+
+def _backward(
+    given: Given, scale: float, states: Tensor, lawful: Tensor, d_o: Tensor, d_last: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of what was given."""
+    q, k, v, log_decay, beta, state = given = _laid_out(given)
+    (b, h, m, d), n, e, s = q.shape, k.shape[2], v.shape[3], _states(given)
+    slopes = {
+        "dq": q.new_empty(b, h, m, d),
+        "dk": k.new_empty(b, s, n, d),
+        "dv": v.new_empty(b, s, n, e),
+        "d_decay": None if log_decay is None else q.new_empty(log_decay.shape, dtype=torch.float32),
+        "d_beta": None if beta is None else q.new_empty(b, s, n, dtype=torch.float32),
+        "d_state": d_last.clone(memory_format=torch.contiguous_format) if n == 0 else torch.empty_like(states[:, :, 0]),
+    }
+    saved = {"states": states, "lawful": lawful, "d_o": d_o.to(q.dtype).contiguous(), "d_last": d_last.contiguous()}
+    native.run("linear_backward", _packed(given, scale, {**saved, **slopes}))
+    for name, x in (("dk", k), ("dv", v)):
+        slope = slopes[name]
+        if slope is not None and x.shape[1] != s:
+            slopes[name] = slope.unflatten(1, (x.shape[1], -1)).sum(2)
+    if state is None:
+        slopes["d_state"] = None
+    return tuple(slopes.values())
+
+
+def _states(given: Given) -> int:
+    return max(x.shape[1] for x in given[1:] if x is not None)
+
+
+def _laid_out(given: Given) -> Given:
+    """With what the kernels ask of a layout: numbers of a row without gaps, and states without any."""
+    q, k, v, log_decay, beta, state = given
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    if log_decay is not None and log_decay.dim() == 4 and log_decay.stride(3) != 1:
+        log_decay = log_decay.contiguous()
+    return q, k, v, log_decay, beta, None if state is None else state.contiguous()
+
+
+def _packed(given: Given, scale: float, more: dict[str, Tensor | None]) -> bytes:
+    q, k, v, log_decay, beta, state = given
+    (b, h, m, d), n, e = q.shape, k.shape[2], v.shape[3]
+    tensors: dict[str, Tensor | None] = {"q": q, "k": k, "v": v, "decay": log_decay, "beta": beta, "state": state}
+    tensors |= more
+    kind = linear.DECAY_NONE
+    if log_decay is not None:
+        kind = linear.DECAY_CHANNEL if log_decay.dim() == 4 else linear.DECAY_TOKEN
+    return native.pack_linear(
+        *(0 if x is None else x.data_ptr() for x in (tensors.get(name) for name, _ in linear.FIELDS[:18])),
+        *(b, h, _states(given), k.shape[1], v.shape[1], m, n, d, e),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *((0, 0, 0) if log_decay is None else log_decay.stride()[:3]),
+        *((0, 0, 0) if beta is None else beta.stride()),
+        torch.get_num_threads(),
+        native.DTYPES[q.dtype],
+        kind,
+        scale,
+    )
