@@ -125,6 +125,11 @@ struct Chunk {
     } else {
       multiply<Part::kColumnsUpTo>(size, size, c.d, rows_of(rows, ld), kt, kChunk, out, kChunk);
     }
+    hide(own, sign, out);
+  }
+
+  // Zeros for keys that a row does not see; all others times `sign` and, of token decays, what is left of them there.
+  void hide(bool own, float sign, float* out) const {
     const bool table_used = fades && !channels;
     for (int64_t i = 0; i < kChunkRows; ++i) {
       const int64_t visible = i < size ? i + own : 0;

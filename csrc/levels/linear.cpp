@@ -12,6 +12,7 @@ namespace {
 #include "../kernels/products.h"
 #include "../kernels/chunk.h"
 #include "../kernels/recurrent.h"
+#include "../kernels/recurrent_backward.h"
 // clang-format on
 
 // Calls f with a number of the call's dtype.
@@ -30,9 +31,13 @@ void forward(const attnkit_linear& c, char* scratch) {
   with_dtype(c, [&](auto number) { Recurrent<decltype(number)>(c).run(scratch); });
 }
 
-int64_t backward_scratch_bytes(const attnkit_linear&) { return 0; }
+int64_t backward_scratch_bytes(const attnkit_linear& c) {
+  return with_dtype(c, [&](auto number) { return RecurrentBackward<decltype(number)>(c).scratch_bytes(); });
+}
 
-void backward(const attnkit_linear&, char*) {}
+void backward(const attnkit_linear& c, char* scratch) {
+  with_dtype(c, [&](auto number) { RecurrentBackward<decltype(number)>(c).run(scratch); });
+}
 
 }  // namespace
 
