@@ -31,6 +31,8 @@ def reasons(q: Tensor, d: int, e: int) -> tuple[str, ...]:
         found.append(f"device is {q.device.type}, the native kernel needs cpu")
     if q.dtype not in native.DTYPES:
         found.append(f"dtype is {q.dtype}, the native kernel takes float32, bfloat16 and float16")
+    if torch.compiler.is_compiling():
+        found.append("the call is being compiled, the native kernel runs eagerly only")
     for name, size in (("key", d), ("value", e)):
         if not 1 <= size <= MOST_SIZE:
             found.append(f"{name} size is {size}, the native kernel takes 1 to {MOST_SIZE}")

@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid, normalize
 
 from attnkit import shapes
 from attnkit.dispatch import run
-from attnkit.mechanisms.delta import chunk
+from attnkit.mechanisms.delta import chunk, cpu
 from attnkit.mechanisms.delta.reference import forward as reference
 from attnkit.mechanisms.delta.walk import BLOCK
 from attnkit.recurrence import exactly
@@ -56,7 +56,7 @@ def delta_attention(
     state: (b, h, d, e), float32 (float64 for float64): what earlier tokens left; None is zeros.
     scale: multiplies what is read; ``d ** -0.5`` when None.
     return_state: return the state after the last token as well.
-    backend: "chunk" or "reference", which then runs or raises; None takes the first that can run.
+    backend: "cpu", "chunk" or "reference", which then runs or raises; None takes the first that can run.
 
     A token with ``beta |k|^2`` outside 0 to 2.1, a positive ``log_decay`` or a value that is not finite is no step of a
     delta rule: results are NaN from it on, and so is the state.
@@ -164,6 +164,10 @@ def _short(call: Call) -> tuple[str, ...]:
     return (f"{n} token is one step of the recurrence",) if n == 1 else ()
 
 
+def _cpu() -> Any:
+    return cpu.forward
+
+
 def _chunk() -> Any:
     return chunk.forward
 
@@ -200,7 +204,11 @@ SPEC = Mechanism(
     function=delta_attention,
     sample=sample,
     reference=reference,
-    backends=(Backend("chunk", _chunk, declines=_short), Backend("reference", _reference)),
+    backends=(
+        Backend("cpu", _cpu, rejects=cpu.rejects),
+        Backend("chunk", _chunk, declines=_short),
+        Backend("reference", _reference),
+    ),
     laws=Laws(causal=True, stateful=True, step_equals_prefill=True, length_invariant=True, weights_sum_to_one=False),
     cost=cost,
     layer=DeltaAttention,

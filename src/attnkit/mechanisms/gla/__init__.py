@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from attnkit import shapes
 from attnkit.dispatch import run
-from attnkit.mechanisms.gla import chunk
+from attnkit.mechanisms.gla import chunk, cpu
 from attnkit.mechanisms.gla.reference import forward as reference
 from attnkit.recurrence import CHUNK, TILE, exactly
 from attnkit.spec import Backend, Cost, Laws, LayerPlace, Mechanism, Preset, Sizes
@@ -43,7 +43,7 @@ def gla_attention(
         finite and at most 0. 0 everywhere never fades.
     scale: multiplies the products, not the gates; ``d ** -0.5`` when None.
     keep: (b, n) bool, False for padding, which neither adds to a sum nor lets it fade.
-    backend: "chunk" or "reference", which then runs or raises; None takes the first that can run.
+    backend: "cpu", "chunk" or "reference", which then runs or raises; None takes the first that can run.
 
     Returns
     -------
@@ -152,6 +152,10 @@ def cost(sizes: Sizes, *, itemsize: int = 4) -> Cost:
     )
 
 
+def _cpu() -> Any:
+    return cpu.forward
+
+
 def _chunk() -> Any:
     return chunk.forward
 
@@ -177,7 +181,11 @@ SPEC = Mechanism(
     function=gla_attention,
     sample=sample,
     reference=reference,
-    backends=(Backend("chunk", _chunk, finite_only=True), Backend("reference", _reference)),
+    backends=(
+        Backend("cpu", _cpu, rejects=cpu.rejects, finite_only=True),
+        Backend("chunk", _chunk, finite_only=True),
+        Backend("reference", _reference),
+    ),
     laws=Laws(causal=True, stateful=True, step_equals_prefill=True, length_invariant=True, weights_sum_to_one=False),
     cost=cost,
     layer=GatedLinearAttention,

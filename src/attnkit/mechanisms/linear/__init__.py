@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnkit import shapes
 from attnkit.dispatch import run
-from attnkit.mechanisms.linear import chunk, maps
+from attnkit.mechanisms.linear import chunk, cpu, maps
 from attnkit.mechanisms.linear.maps import FeatureMap, random_features
 from attnkit.mechanisms.linear.reference import forward as reference
 from attnkit.recurrence import CHUNK, exactly
@@ -54,7 +54,7 @@ def linear_attention(
         ``exp(q k / sqrt(d))`` in the mean.
     causal: the queries are the last ``m`` of the ``n`` positions and see no later key; False lets all see all.
     keep: (b, n) bool, False for padding, which no query sees.
-    backend: "chunk" or "reference", which then runs or raises; None takes the first that can run.
+    backend: "cpu", "chunk" or "reference", which then runs or raises; None takes the first that can run.
 
     Returns
     -------
@@ -189,6 +189,10 @@ def cost(sizes: Sizes, *, feature_map: FeatureMap = "elu", random: int = 0, caus
     )
 
 
+def _cpu() -> Any:
+    return cpu.forward
+
+
 def _chunk() -> Any:
     return chunk.forward
 
@@ -218,7 +222,11 @@ SPEC = Mechanism(
     function=linear_attention,
     sample=sample,
     reference=reference,
-    backends=(Backend("chunk", _chunk, finite_only=True), Backend("reference", _reference, finite_only=True)),
+    backends=(
+        Backend("cpu", _cpu, rejects=cpu.rejects, finite_only=True),
+        Backend("chunk", _chunk, finite_only=True),
+        Backend("reference", _reference, finite_only=True),
+    ),
     laws=Laws(causal=True, stateful=True, step_equals_prefill=True, length_invariant=True),
     cost=cost,
     layer=LinearAttention,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnkit import shapes
 from attnkit.dispatch import run
-from attnkit.mechanisms.retention import chunk
+from attnkit.mechanisms.retention import chunk, cpu
 from attnkit.mechanisms.retention.decays import minimax_decays, retnet_decays
 from attnkit.mechanisms.retention.reference import forward as reference
 from attnkit.positions import Rotary
@@ -51,7 +51,7 @@ def retention_attention(
         ``retnet_decays`` and ``minimax_decays``.
     scale: multiplies the products; ``d ** -0.5`` when None.
     keep: (b, n) bool, False for padding, which neither adds to a sum nor lets it fade.
-    backend: "chunk" or "reference", which then runs or raises; None takes the first that can run.
+    backend: "cpu", "chunk" or "reference", which then runs or raises; None takes the first that can run.
 
     Returns
     -------
@@ -154,6 +154,10 @@ def cost(sizes: Sizes, *, itemsize: int = 4) -> Cost:
     )
 
 
+def _cpu() -> Any:
+    return cpu.forward
+
+
 def _chunk() -> Any:
     return chunk.forward
 
@@ -188,7 +192,11 @@ SPEC = Mechanism(
     function=retention_attention,
     sample=sample,
     reference=reference,
-    backends=(Backend("chunk", _chunk, finite_only=True), Backend("reference", _reference)),
+    backends=(
+        Backend("cpu", _cpu, rejects=cpu.rejects, finite_only=True),
+        Backend("chunk", _chunk, finite_only=True),
+        Backend("reference", _reference),
+    ),
     laws=Laws(causal=True, stateful=True, step_equals_prefill=True, length_invariant=True, weights_sum_to_one=False),
     cost=cost,
     layer=RetentionAttention,

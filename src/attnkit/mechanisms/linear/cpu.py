@@ -1,0 +1,50 @@
+"""Linear attention by the native kernels, forward and backward; feature maps and the division are torch's."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from attnkit.mechanisms.linear.maps import FeatureMap, count, features
+from attnkit.mechanisms.linear.sums import divided, with_ones
+from attnkit.native.recurrence import reasons, recurrence
+from attnkit.spec import Call
+
+
+def rejects(call: Call) -> tuple[str, ...]:
+    q, v, projection = call["q"], call["v"], call["projection"]
+    mapped = count(call["feature_map"], q.shape[3], 0 if projection is None else projection.shape[0])
+    found = reasons(q, mapped, v.shape[3] + 1)
+    if not call["causal"]:
+        found += ("causal is False, which is two products and has no native kernel",)
+    return found
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map: FeatureMap,
+    projection: Tensor | None,
+    causal: bool,
+    keep: Tensor | None,
+) -> Tensor:
+    mapped = features(q, k, feature_map, projection, keep=keep)
+    return divided(recurrence(mapped.q, mapped.k, with_ones(v), mapped.log_decay)[0]).to(q.dtype)
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    largest: Tensor | None,
+    feature_map: FeatureMap,
+    projection: Tensor | None,
+    keep: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Results of ``m`` new tokens, the state after them (b, g, f, e + 1), and its unit for ``favor``."""
+    if largest is not None:  # a state in which no key has weight has no unit yet
+        largest = largest.masked_fill(state[..., -1].detach().amax(-1) == 0, -float("inf"))
+    mapped = features(q, k, feature_map, projection, largest=largest, keep=keep)
+    sums, after = recurrence(mapped.q, mapped.k, with_ones(v), mapped.log_decay, state, keep=keep)
+    return divided(sums).to(q.dtype), after, mapped.largest
