@@ -53,5 +53,6 @@ ATTNKIT_EXPORT int32_t attnkit_set_level(int32_t level);
 #include "abi/limits.h"
 #include "abi/linear.h"
 #include "abi/softmax.h"
+#include "abi/sparse.h"
 
 #endif

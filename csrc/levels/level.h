@@ -24,11 +24,18 @@ struct LinearKernels {
   void (*backward)(const attnkit_linear&, char* scratch);
 };
 
+struct SparseKernels {
+  int64_t (*block_list_scratch_bytes)(const attnkit_block_list&);
+  void (*block_bounds)(const attnkit_block_list&, char* scratch);
+  void (*block_list)(const attnkit_block_list&, char* scratch);
+};
+
 struct Level {
   const char* name;
   const LimitKernels& limits;
   const SoftmaxKernels& softmax;
   const LinearKernels& linear;
+  const SparseKernels& sparse;
 };
 
 // The level that was chosen.

@@ -23,5 +23,6 @@ extern const Level level;
 extern const LimitKernels limits;
 extern const SoftmaxKernels softmax;
 extern const LinearKernels linear;
+extern const SparseKernels sparse;
 }  // namespace ATTNKIT_LEVEL
 }  // namespace attnkit

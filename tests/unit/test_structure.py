@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A module imports from its own group and from those before it.
 GROUPS = (
-    ("spec", "dispatch", "shapes", "masks", "positions", "noise", "blocks", "convolution", "recurrence"),
-    ("state", "projected", "native", "gpu"),
+    ("native", "spec", "dispatch", "shapes", "masks", "positions", "noise", "blocks", "convolution", "recurrence"),
+    ("state", "projected", "gpu"),
     ("mechanisms",),
     ("registry",),
     ("",),  # attnkit/__init__.py, which only gathers public names
@@ -262,7 +262,7 @@ def test_imports_go_one_way() -> None:
     [
         {"masks": "from attnkit import registry", "registry": ""},
         {"masks": "from .registry import get", "registry": ""},
-        {"dispatch": "def f():\n    from attnkit.native import STATUS", "native": ""},
+        {"dispatch": "def f():\n    from attnkit.state import KVState", "state": ""},
         {"bench__": "import attnkit.cli", "cli": ""},
         {"models__decoder": "from ..bench.limits import measure", "models__": "", "bench__limits": ""},
         {"helpers": ""},

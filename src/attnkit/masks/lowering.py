@@ -71,7 +71,12 @@ def block_list(mask: Mask, m: int, n: int, block_q: int, block_k: int) -> BlockL
     """Lower ``mask``; at most 64 keys fit the word of a pattern row."""
     if not 1 <= block_k <= 64:
         raise ValueError(f"block_list: block_k is {block_k}, expected 1 to 64, the bits of one pattern word")
+    from attnkit.masks.program import build
+
     with torch.inference_mode(False):
+        built = build(mask, m, n, block_q, block_k)
+        if built is not None:
+            return BlockList(*built, mask.batches, mask.heads, block_q, block_k)
         some, every = mask.tiles(grid(m, n, block_q, block_k))
         shape = (mask.batches, mask.heads, *some.shape[-2:])
         some, every = some.expand(shape), every.expand(shape)

@@ -21,7 +21,7 @@ from typing import Any
 # First of all: the library then shares torch's OpenMP threads instead of starting its own.
 import torch
 
-from attnkit.native import linear
+from attnkit.native import linear, sparse
 
 __all__ = [
     "BLOCK_KEYS",
@@ -72,6 +72,7 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     "attnkit_softmax_forward_scratch_bytes": (c_int64, (c_char_p,)),
     "attnkit_softmax_forward": (c_int32, (c_char_p, c_void_p, c_int64)),
     **linear.FUNCTIONS,
+    **sparse.FUNCTIONS,
     "attnkit_fma_gflops": (c_double, (c_int64, c_double)),
     "attnkit_bf16_dot_gflops": (c_double, (c_int64, c_double)),
     "attnkit_read_gigabytes": (c_double, (c_void_p, c_int64, c_int64, c_double)),
@@ -87,7 +88,7 @@ ERRORS = {
 }
 
 _FORMATS: dict[Any, str] = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f"}
-STRUCTS = {"softmax": SOFTMAX_FIELDS, "linear": linear.FIELDS}
+STRUCTS = {"softmax": SOFTMAX_FIELDS, "linear": linear.FIELDS, **sparse.STRUCTS}
 
 
 def _packer(fields: tuple[tuple[str, type], ...]) -> Callable[..., bytes]:
@@ -96,6 +97,7 @@ def _packer(fields: tuple[tuple[str, type], ...]) -> Callable[..., bytes]:
 
 pack_softmax = _packer(SOFTMAX_FIELDS)
 pack_linear = _packer(linear.FIELDS)
+pack_mask_node, pack_block_list = (_packer(sparse.STRUCTS[name]) for name in ("mask_node", "block_list"))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,85 @@
+// Checks calls for block lists before any pointer is used, and passes them to the level that was chosen.
+#include "../abi.h"
+#include "../levels/level.h"
+
+namespace attnkit {
+namespace {
+
+constexpr int64_t kLargest = int64_t{1} << 31;  // columns and rows of patterns are 32-bit numbers
+constexpr int64_t kMostNodes = 4096;
+
+bool check(const attnkit_block_list& s, int64_t index) {
+  const attnkit_mask_node& node = static_cast<const attnkit_mask_node*>(s.nodes)[index];
+  const bool held = node.kind >= ATTNKIT_MASK_GLOBAL;
+  if (held && !node.data && node.a > 0) return false;
+  if ((node.batches != 1 && node.batches != s.batches) || (node.heads != 1 && node.heads != s.heads)) return false;
+  switch (node.kind) {
+    case ATTNKIT_MASK_AND:
+    case ATTNKIT_MASK_OR:
+      return node.a >= 0 && node.a < index && node.b >= 0 && node.b < index;
+    case ATTNKIT_MASK_NOT:
+      return node.a >= 0 && node.a < index;
+    case ATTNKIT_MASK_INTERVAL:
+      return node.a >= -kLargest && node.b >= -kLargest && node.a <= int64_t{1} << 62 && node.b <= int64_t{1} << 62;
+    case ATTNKIT_MASK_DILATED:
+      return node.a >= 1 && node.a <= kLargest && node.b >= 1 && node.b <= kLargest;
+    case ATTNKIT_MASK_FIXED:
+      return node.a >= 1 && node.a <= kLargest && node.b >= 0 && node.b <= node.a;
+    case ATTNKIT_MASK_STRIDED:
+    case ATTNKIT_MASK_CHUNKED:
+      return node.a >= 1 && node.a <= kLargest;
+    case ATTNKIT_MASK_PREFIX:
+      return true;
+    case ATTNKIT_MASK_GLOBAL:
+      return node.a >= 0;
+    case ATTNKIT_MASK_DOCUMENTS:
+      return node.a >= s.n && s.m <= s.n;
+    case ATTNKIT_MASK_PADDING:
+      return node.a >= s.n;
+    case ATTNKIT_MASK_BLOCK_SPARSE:
+      return node.a >= 1 && node.a <= kLargest && node.b >= 0 && node.b <= kLargest && s.n <= node.a * node.b && s.m <= s.n;
+    default:
+      return false;
+  }
+}
+
+int32_t check(const attnkit_block_list& s) {
+  if (s.count < 1 || s.count > kMostNodes || s.batches < 0 || s.heads < 0 || s.m < 0 || s.n < 0 || s.m >= kLargest ||
+      s.n >= kLargest || s.block_q < 1 || s.block_q >= kLargest || s.block_k < 1 || s.block_k > 64)
+    return ATTNKIT_BAD_SIZE;
+  for (int64_t i = 0; i < s.count; ++i)
+    if (!check(s, i)) return ATTNKIT_BAD_MASK;
+  return ATTNKIT_OK;
+}
+
+}  // namespace
+}  // namespace attnkit
+
+using namespace attnkit;
+
+int64_t attnkit_block_bounds_scratch_bytes(const attnkit_block_list* call) {
+  const int32_t status = check(*call);
+  return status == ATTNKIT_OK ? level().sparse.block_list_scratch_bytes(*call) : -status;
+}
+
+int32_t attnkit_block_bounds(const attnkit_block_list* call, void* scratch, int64_t scratch_bytes) {
+  const int64_t needed = attnkit_block_bounds_scratch_bytes(call);
+  if (needed < 0) return static_cast<int32_t>(-needed);
+  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
+  level().sparse.block_bounds(*call, static_cast<char*>(scratch));
+  return ATTNKIT_OK;
+}
+
+int64_t attnkit_block_list_fill_scratch_bytes(const attnkit_block_list* call) {
+  if (call->room < 0 || call->room >= kLargest || call->slots <= call->room || (call->slots & (call->slots - 1)) != 0)
+    return -ATTNKIT_BAD_SIZE;
+  return attnkit_block_bounds_scratch_bytes(call);
+}
+
+int32_t attnkit_block_list_fill(const attnkit_block_list* call, void* scratch, int64_t scratch_bytes) {
+  const int64_t needed = attnkit_block_list_fill_scratch_bytes(call);
+  if (needed < 0) return static_cast<int32_t>(-needed);
+  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
+  level().sparse.block_list(*call, static_cast<char*>(scratch));
+  return ATTNKIT_OK;
+}

@@ -1,0 +1,56 @@
+/* Block lists of masks. Included by ../abi.h. */
+#ifndef ATTNKIT_ABI_SPARSE_H
+#define ATTNKIT_ABI_SPARSE_H
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* What a node of a mask says of the query at position q and the key at k; a, b and data are the node's own. */
+enum {
+  ATTNKIT_MASK_AND = 0,          /* both nodes a and b, which stand before this one */
+  ATTNKIT_MASK_OR = 1,           /* one of them */
+  ATTNKIT_MASK_NOT = 2,          /* not node a */
+  ATTNKIT_MASK_INTERVAL = 3,     /* q - a <= k <= q + b */
+  ATTNKIT_MASK_DILATED = 4,      /* q - k is one of 0, b, .. (a - 1) b */
+  ATTNKIT_MASK_STRIDED = 5,      /* 0 <= q - k <= a, or a multiple of a */
+  ATTNKIT_MASK_FIXED = 6,        /* k <= q, and either in one chunk of a, or k among the last b of its chunk */
+  ATTNKIT_MASK_CHUNKED = 7,      /* in one chunk of a */
+  ATTNKIT_MASK_PREFIX = 8,       /* k <= q, or k < a */
+  ATTNKIT_MASK_GLOBAL = 9,       /* q or k lies in one of a runs: data is int64 (a, 2), first and last */
+  ATTNKIT_MASK_DOCUMENTS = 10,   /* equal ids: data is int64 (batches, a) */
+  ATTNKIT_MASK_PADDING = 11,     /* data is uint8 (batches, a), not 0 at k */
+  ATTNKIT_MASK_BLOCK_SPARSE = 12 /* data is uint8 (heads, b, b), not 0 at the blocks of a positions of q and k */
+};
+
+typedef struct attnkit_mask_node {
+  const void* data;
+  int64_t kind, a, b;
+  int64_t batches, heads; /* of the data, 1 or those of the list */
+} attnkit_mask_node;
+
+/* The non-empty blocks of the mask that the last node stands for; query i sits at position n - m + i. */
+typedef struct attnkit_block_list {
+  const void* nodes; /* attnkit_mask_node (count,) */
+  int64_t* offsets;  /* (batches * heads * query blocks + 1,): where each query block starts in columns */
+  int32_t* columns;  /* (entries,): key block of each entry, ascending inside one query block */
+  int32_t* pattern;  /* (entries,): row of patterns for each entry, or -1 for a block that is visible throughout */
+  int64_t* patterns; /* (room, block_q): bit j of word i: row i of the query block sees key j of the key block */
+  int32_t* table;    /* (slots,) zeros, a power of two above room: where equal patterns find each other */
+  int64_t* found;    /* (2,): entries and patterns, at most (block_bounds) or exactly; -1 patterns when room is short */
+  int64_t count, batches, heads, m, n, block_q, block_k;
+  int64_t entries, room, slots;
+} attnkit_block_list;
+
+/* How many entries and patterns the list has at most: fills found alone. */
+ATTNKIT_EXPORT int64_t attnkit_block_bounds_scratch_bytes(const attnkit_block_list* call);
+ATTNKIT_EXPORT int32_t attnkit_block_bounds(const attnkit_block_list* call, void* scratch, int64_t scratch_bytes);
+/* The list; entries is at least what block_bounds found. */
+ATTNKIT_EXPORT int64_t attnkit_block_list_fill_scratch_bytes(const attnkit_block_list* call);
+ATTNKIT_EXPORT int32_t attnkit_block_list_fill(const attnkit_block_list* call, void* scratch, int64_t scratch_bytes);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

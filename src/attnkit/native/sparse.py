@@ -1,0 +1,25 @@
+"""The declarations of csrc/abi/sparse.h: block lists of masks and learned-sparse attention."""
+
+from __future__ import annotations
+
+from ctypes import c_char_p, c_int32, c_int64, c_void_p
+
+STRUCTS: dict[str, tuple[tuple[str, type], ...]] = {
+    "mask_node": (
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("kind", "a", "b", "batches", "heads")),
+    ),
+    "block_list": (
+        *((name, c_void_p) for name in ("nodes", "offsets", "columns", "pattern", "patterns", "table", "found")),
+        *((name, c_int64) for name in ("count", "batches", "heads", "m", "n", "block_q", "block_k")),
+        *((name, c_int64) for name in ("entries", "room", "slots")),
+    ),
+}
+
+FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {}
+for _name in ("block_bounds", "block_list_fill"):
+    FUNCTIONS[f"attnkit_{_name}_scratch_bytes"] = c_int64, (c_char_p,)
+    FUNCTIONS[f"attnkit_{_name}"] = c_int32, (c_char_p, c_void_p, c_int64)
+
+# What a node of a mask means: ATTNKIT_MASK_*.
+(AND, OR, NOT, INTERVAL, DILATED, STRIDED, FIXED, CHUNKED, PREFIX, GLOBAL, DOCUMENTS, PADDING, BLOCK_SPARSE) = range(13)
