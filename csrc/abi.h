@@ -50,6 +50,7 @@ ATTNKIT_EXPORT int32_t attnkit_set_level(int32_t level);
 }
 #endif
 
+#include "abi/latent.h"
 #include "abi/limits.h"
 #include "abi/linear.h"
 #include "abi/softmax.h"

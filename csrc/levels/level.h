@@ -30,12 +30,18 @@ struct SparseKernels {
   void (*block_list)(const attnkit_block_list&, char* scratch);
 };
 
+struct LatentKernels {
+  int64_t (*scratch_bytes)(const attnkit_latent&);
+  void (*forward)(const attnkit_latent&, char* scratch);
+};
+
 struct Level {
   const char* name;
   const LimitKernels& limits;
   const SoftmaxKernels& softmax;
   const LinearKernels& linear;
   const SparseKernels& sparse;
+  const LatentKernels& latent;
 };
 
 // The level that was chosen.

@@ -24,5 +24,6 @@ extern const LimitKernels limits;
 extern const SoftmaxKernels softmax;
 extern const LinearKernels linear;
 extern const SparseKernels sparse;
+extern const LatentKernels latent;
 }  // namespace ATTNKIT_LEVEL
 }  // namespace attnkit

@@ -111,8 +111,14 @@ def test_keys_and_values_as_latents_are_grouped_query_attention(backend: str) ->
 
 def test_the_form_is_the_one_with_fewer_multiply_adds() -> None:
     latent, kv_b = torch.zeros(1, 1, 400, 40), torch.zeros(2, 16, 36)
-    for m, form in ((1, "absorbed"), (400, "expanded")):
-        decision = attnkit.explain(mla_attention, torch.zeros(1, 2, m, 12), latent, kv_b)
+    native_form = "cpu" if native.STATUS.available else "absorbed"
+    for m, dtype, form in (
+        (1, torch.float32, native_form),
+        (1, torch.float64, "absorbed"),
+        (400, torch.float32, "expanded"),
+    ):
+        q = torch.zeros(1, 2, m, 12, dtype=dtype)
+        decision = attnkit.explain(mla_attention, q, latent.to(dtype), kv_b.to(dtype))
         assert decision.chosen == form, decision
     assert "400 queries of 400 latents take" in decision.rejected["absorbed"][0]
 

@@ -59,6 +59,15 @@ SOFTMAX_FIELDS: tuple[tuple[str, type], ...] = (
     ("softcap", c_float),
 )
 
+LATENT_FIELDS: tuple[tuple[str, type], ...] = (
+    *((name, c_void_p) for name in ("q", "latent", "kv_b", "o")),
+    *((name, c_int64) for name in ("b", "h", "g", "m", "n", "nope", "r", "c", "e")),
+    *((name, c_int64) for name in ("q_b", "q_h", "q_m", "latent_b", "latent_g", "latent_n", "kv_b_h", "kv_b_row")),
+    *((name, c_int64) for name in ("o_b", "o_h", "o_m", "left", "right", "threads")),
+    ("dtype", c_int32),
+    ("scale", c_float),
+)
+
 # A struct goes over as packed bytes: making them is one C call, filling a ctypes.Structure is one for each field.
 FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     "attnkit_abi_version": (c_int32, ()),
@@ -73,6 +82,8 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     "attnkit_softmax_forward": (c_int32, (c_char_p, c_void_p, c_int64)),
     **linear.FUNCTIONS,
     **sparse.FUNCTIONS,
+    "attnkit_latent_forward_scratch_bytes": (c_int64, (c_char_p,)),
+    "attnkit_latent_forward": (c_int32, (c_char_p, c_void_p, c_int64)),
     "attnkit_fma_gflops": (c_double, (c_int64, c_double)),
     "attnkit_bf16_dot_gflops": (c_double, (c_int64, c_double)),
     "attnkit_read_gigabytes": (c_double, (c_void_p, c_int64, c_int64, c_double)),
@@ -88,7 +99,7 @@ ERRORS = {
 }
 
 _FORMATS: dict[Any, str] = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f"}
-STRUCTS = {"softmax": SOFTMAX_FIELDS, "linear": linear.FIELDS, **sparse.STRUCTS}
+STRUCTS = {"softmax": SOFTMAX_FIELDS, "linear": linear.FIELDS, **sparse.STRUCTS, "latent": LATENT_FIELDS}
 
 
 def _packer(fields: tuple[tuple[str, type], ...]) -> Callable[..., bytes]:
@@ -98,6 +109,7 @@ def _packer(fields: tuple[tuple[str, type], ...]) -> Callable[..., bytes]:
 pack_softmax = _packer(SOFTMAX_FIELDS)
 pack_linear = _packer(linear.FIELDS)
 pack_mask_node, pack_block_list = (_packer(sparse.STRUCTS[name]) for name in ("mask_node", "block_list"))
+pack_latent = _packer(LATENT_FIELDS)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from attnkit import shapes
 from attnkit.dispatch import run
 from attnkit.masks import Mask, causal, checked
-from attnkit.mechanisms.mla import absorbed, expanded
+from attnkit.mechanisms.mla import absorbed, cpu, expanded
 from attnkit.mechanisms.mla.keys import mla_expand, parts
 from attnkit.mechanisms.mla.reference import forward as reference
 from attnkit.positions import Rotary
@@ -43,8 +43,9 @@ def mla_attention(
         ``kv_b_proj``. It says what ``c``, ``r`` and ``e`` are.
     mask: as in ``softmax_attention``; None lets every query see every key.
     scale: multiplies ``q k^T``; ``d ** -0.5`` when None, whichever form runs. YaRN has its own, see ``MLAConfig``.
-    backend: "absorbed" (attends to the latents themselves), "expanded" (makes keys and values first) or "reference",
-        which then runs; None takes of the first two the one with fewer multiply-adds.
+    backend: "cpu" (native, attends to the latents themselves), "absorbed" (the same in torch), "expanded" (makes keys
+        and values first) or "reference", which then runs; None takes the form with fewer multiply-adds, and "cpu" for
+        the absorbed one where it can run.
 
     Returns
     -------
@@ -137,6 +138,10 @@ def _dearer(call: Call) -> tuple[str, ...]:
     return (f"{m} queries of {n} latents take {absorbed_:,} multiply-adds, {expanded_:,} expanded",)
 
 
+def _cpu() -> Any:
+    return cpu.forward
+
+
 def _absorbed() -> Any:
     return absorbed.forward
 
@@ -175,6 +180,7 @@ SPEC = Mechanism(
     sample=sample,
     reference=reference,
     backends=(
+        Backend("cpu", _cpu, cpu.rejects, _dearer, grad=False),
         Backend("absorbed", _absorbed, declines=_dearer, finite_only=True),
         Backend("expanded", _expanded, finite_only=True),
         Backend("reference", _reference),
