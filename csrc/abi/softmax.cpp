@@ -1,40 +1,76 @@
 // Checks softmax calls before any pointer is used, and passes them to the level that was chosen.
 #include "../abi.h"
 #include "../levels/level.h"
+#include "sizes.h"
 
 namespace attnkit {
 namespace {
 
+bool sizes_are_good(const attnkit_softmax& s) {
+  if (s.h < 1 || s.g < 1 || s.h % s.g != 0 || s.d < 1 || s.e < 1 || !threads_in_range(s.threads)) return false;
+  if (!in_range({{s.b, s.q_b}, {s.h, s.q_h}, {s.m, s.q_m}, {s.d, 1}})) return false;
+  if (!in_range({{s.b, s.k_b}, {s.g, s.k_g}, {s.n, s.k_n}, {s.d, 1}})) return false;
+  if (!in_range({{s.b, s.v_b}, {s.g, s.v_g}, {s.n, s.v_n}, {s.e, 1}})) return false;
+  if (!in_range({{s.b, s.o_b}, {s.h, s.o_h}, {s.m, s.o_m}, {s.e, 1}})) return false;
+  // Every row has scratch memory for at most 64 ranges of keys.
+  if (!in_range({{s.b, 0}, {s.h, 0}, {s.m, 0}, {16, 0}})) return false;
+  if (s.bias && !in_range({{s.b, s.bias_b}, {s.h, s.bias_h}, {s.m, s.bias_m}})) return false;
+  if (s.bias && !in_range({{s.n, s.bias_n}})) return false;
+  if (s.b == 0 || s.m == 0) return true;
+  return s.q && s.o && (s.n == 0 || (s.k && s.v));
+}
+
+// A list is walked once for every block of 48 x 64 products it names: to check it costs nothing beside that.
+bool list_is_good(const attnkit_softmax& s) {
+  if ((s.mask_batches != 1 && s.mask_batches != s.b) || (s.mask_heads != 1 && s.mask_heads != s.h)) return false;
+  const int64_t rows = (s.m + ATTNKIT_BLOCK_QUERIES - 1) / ATTNKIT_BLOCK_QUERIES;
+  const int64_t lists = s.mask_batches * s.mask_heads * rows;
+  if (s.offsets[0] < 0) return false;
+  for (int64_t list = 0; list < lists; ++list) {
+    if (s.offsets[list + 1] < s.offsets[list] || (s.offsets[list + 1] > 0 && !(s.columns && s.pattern))) return false;
+    int64_t after = 0;  // columns from here on may follow
+    for (int64_t entry = s.offsets[list]; entry < s.offsets[list + 1]; ++entry) {
+      if (s.columns[entry] < after || s.columns[entry] * int64_t{ATTNKIT_BLOCK_KEYS} >= s.n) return false;
+      if (s.pattern[entry] < -1 || (s.pattern[entry] >= 0 && !s.patterns)) return false;
+      after = s.columns[entry] + int64_t{1};
+    }
+  }
+  return true;
+}
+
 int32_t check(const attnkit_softmax& s) {
   if (s.dtype < ATTNKIT_FLOAT32 || s.dtype > ATTNKIT_FLOAT16) return ATTNKIT_BAD_DTYPE;
   if (s.kernel != ATTNKIT_PREFILL && s.kernel != ATTNKIT_DECODE) return ATTNKIT_BAD_KERNEL;
-  if (s.b < 0 || s.h < 1 || s.g < 1 || s.h % s.g != 0 || s.m < 0 || s.n < 0 || s.d < 1 || s.e < 1 || s.threads < 1)
-    return ATTNKIT_BAD_SIZE;
-  if (s.offsets) {
-    if ((s.mask_batches != 1 && s.mask_batches != s.b) || (s.mask_heads != 1 && s.mask_heads != s.h))
-      return ATTNKIT_BAD_MASK;
-    if (s.kernel == ATTNKIT_DECODE && s.m > ATTNKIT_BLOCK_QUERIES) return ATTNKIT_BAD_KERNEL;
-  }
+  if (!sizes_are_good(s)) return ATTNKIT_BAD_SIZE;
+  if (s.left < -kMostDistance || s.left > kMostDistance || s.right < -kMostDistance || s.right > kMostDistance)
+    return ATTNKIT_BAD_MASK;
+  if (s.offsets && s.kernel == ATTNKIT_DECODE && s.m > ATTNKIT_BLOCK_QUERIES) return ATTNKIT_BAD_KERNEL;
   return ATTNKIT_OK;
 }
 
 bool nothing_to_do(const attnkit_softmax& s) { return s.b == 0 || s.m == 0; }
+
+// Minus a status code if the call is refused. The level is an argument: another thread may choose one between two looks.
+int64_t scratch_bytes(const Level& at, const attnkit_softmax& s) {
+  const int32_t status = check(s);
+  if (status != ATTNKIT_OK) return -status;
+  return nothing_to_do(s) ? 0 : at.softmax.scratch_bytes(s);
+}
 
 }  // namespace
 }  // namespace attnkit
 
 using namespace attnkit;
 
-int64_t attnkit_softmax_forward_scratch_bytes(const attnkit_softmax* call) {
-  const int32_t status = check(*call);
-  if (status != ATTNKIT_OK) return -status;
-  return nothing_to_do(*call) ? 0 : level().softmax.scratch_bytes(*call);
-}
+int64_t attnkit_softmax_forward_scratch_bytes(const attnkit_softmax* call) { return scratch_bytes(level(), *call); }
 
-int32_t attnkit_softmax_forward(const attnkit_softmax* call, void* scratch, int64_t scratch_bytes) {
-  const int64_t needed = attnkit_softmax_forward_scratch_bytes(call);
+int32_t attnkit_softmax_forward(const attnkit_softmax* call, void* scratch, int64_t bytes) {
+  const Level& at = level();
+  const int64_t needed = scratch_bytes(at, *call);
   if (needed < 0) return static_cast<int32_t>(-needed);
-  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
-  if (!nothing_to_do(*call)) level().softmax.forward(*call, static_cast<char*>(scratch));
+  if (needed > bytes || !aligned(scratch) || (needed > 0 && !scratch)) return ATTNKIT_SMALL_SCRATCH;
+  if (nothing_to_do(*call)) return ATTNKIT_OK;
+  if (call->offsets && !list_is_good(*call)) return ATTNKIT_BAD_MASK;
+  at.softmax.forward(*call, static_cast<char*>(scratch));
   return ATTNKIT_OK;
 }

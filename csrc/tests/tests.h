@@ -88,6 +88,40 @@ struct Numbers {
   void* data() { return as_float.empty() ? static_cast<void*>(as_half.data()) : as_float.data(); }
   const void* data() const { return as_float.empty() ? static_cast<const void*>(as_half.data()) : as_float.data(); }
   double read(int64_t i, int32_t dtype) const { return read_number(data(), i, dtype); }
+  // All bits set, a NaN in every dtype: what a kernel leaves unwritten, or what it must not write, is seen.
+  void poison() {
+    for (float& x : as_float) std::memset(&x, 0xff, sizeof x);
+    for (uint16_t& x : as_half) x = 0xffff;
+  }
+  bool is_poison(int64_t i) const {
+    if (as_float.empty()) return as_half[i] == 0xffff;
+    uint32_t bits;
+    std::memcpy(&bits, &as_float[i], sizeof bits);
+    return bits == 0xffffffff;
+  }
+};
+
+// How one tensor of four dimensions lies in memory, the last dimension contiguous.
+struct Layout {
+  int64_t b, h, m;  // strides
+  int64_t count;    // numbers from the first to the last
+  // Any order of batches, heads and rows, with gaps; where `may_repeat`, also one row, head or batch for all.
+  Layout(int64_t batches, int64_t heads, int64_t rows, int64_t size, bool may_repeat) {
+    const int64_t gap = below(4) == 0 ? 1 + below(5) : 0;
+    if (below(2)) {
+      m = size + gap, h = rows * m, b = heads * h;
+    } else {
+      h = size + gap, m = heads * h, b = rows * m;
+    }
+    if (may_repeat && below(8) == 0) m = 0;
+    if (may_repeat && below(8) == 0) h = 0;
+    if (may_repeat && below(8) == 0) b = 0;
+    const bool empty = batches * heads * rows * size == 0;
+    count = empty ? 0 : (batches - 1) * b + (heads - 1) * h + (rows - 1) * m + size;
+    // The stride of a dimension of size 1 is never used, and torch leaves any number there.
+    if (batches == 1 && below(8) == 0) b = int64_t{1} << 48;
+    if (rows == 1 && below(8) == 0) m = -(int64_t{1} << 48);
+  }
 };
 
 // A block of exactly `bytes`, aligned as torch aligns its memory and filled with NaNs.

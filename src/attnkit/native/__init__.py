@@ -91,11 +91,11 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
 
 ERRORS = {
     1: "the dtype is none of float32, bfloat16 and float16",
-    2: "a size or a number of threads is out of range, or KV heads do not divide query heads",
-    3: "the mask is made for another batch size or number of heads",
+    2: "a size, a stride or a number of threads is out of range, an array is missing, or KV heads do not divide query heads",
+    3: "the mask is made for other sizes than the call's, its window is out of range, or its blocks are not in order",
     4: "the decode kernel takes at most 48 queries with a block list",
     5: "the instruction level is not built or does not run on this processor",
-    6: "the scratch memory is too small",
+    6: "the scratch memory is too small or does not start at a multiple of 64 bytes",
 }
 
 _FORMATS: dict[Any, str] = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f"}

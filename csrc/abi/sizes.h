@@ -1,0 +1,44 @@
+// What the checks of all families share: numbers within which no offset and no number of bytes overflows.
+#ifndef ATTNKIT_ABI_SIZES_H
+#define ATTNKIT_ABI_SIZES_H
+
+#include <stdint.h>
+
+#include <initializer_list>
+
+namespace attnkit {
+
+// More threads than this are somebody's mistake, and starting them ends the process on many systems.
+constexpr int64_t kMostThreads = 1024;
+// Of one dimension, and of a product of dimensions, which may be larger than memory where strides are 0. A thousand threads
+// then still have room for hundreds of numbers for each row.
+constexpr double kMostSize = 0x1p40, kMostElements = 0x1p44;
+// Of one stride, also where it is never used because its dimension has size 1, and of one offset.
+constexpr double kMostStride = 0x1p48, kMostOffset = 0x1p56;
+// Of a distance between positions.
+constexpr int64_t kMostDistance = int64_t{1} << 62;
+
+struct Dimension {
+  int64_t size, stride;
+};
+
+// Whether an array has sizes of at least 0, and sizes, strides and offsets in range.
+inline bool in_range(std::initializer_list<Dimension> dimensions) {
+  double elements = 1.0, offset = 0.0;
+  for (const Dimension& dimension : dimensions) {
+    const double size = static_cast<double>(dimension.size), stride = static_cast<double>(dimension.stride);
+    if (size < 0.0 || size > kMostSize || stride > kMostStride || stride < -kMostStride) return false;
+    elements *= size > 1.0 ? size : 1.0;
+    offset += (size > 1.0 ? size : 1.0) * (stride < 0.0 ? -stride : stride);
+  }
+  return elements <= kMostElements && offset <= kMostOffset;
+}
+
+inline bool threads_in_range(int64_t threads) { return threads >= 1 && threads <= kMostThreads; }
+
+// Whether scratch memory starts where every kernel may put every type: at a whole cache line.
+inline bool aligned(const void* scratch) { return reinterpret_cast<uintptr_t>(scratch) % 64 == 0; }
+
+}  // namespace attnkit
+
+#endif

@@ -1,0 +1,151 @@
+// The few functions of OpenMP's runtime that the kernels use, over std::thread, for the build under the thread sanitizer.
+//
+// That sanitizer sees the barriers of a runtime it compiled and nothing of the system's libgomp, so that every array filled
+// before a barrier and read after it would be reported. Compiled with -fopenmp and linked with this file instead of
+// -fopenmp, the kernels run as they always do, and what is left to report is real. A kernel that uses another clause
+// of OpenMP fails to link, with the name of the function that is missing here. Empty in every other build.
+#if defined(__SANITIZE_THREAD__)
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace {
+
+// One parallel region: a barrier, and the loop that is being shared out.
+class Team {
+ public:
+  explicit Team(int size) : size_(size) {}
+  int size() const { return size_; }
+
+  void wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const int64_t turn = turns_;
+    if (++waiting_ == size_) {
+      waiting_ = 0;
+      ++turns_;
+      moved_.notify_all();
+    }
+    moved_.wait(lock, [&] { return turn != turns_; });
+  }
+
+  // Part of the loop that is this thread's `number`-th. Threads may be in different loops where no one waits at the end.
+  bool next(size_t number, long begin, long end, long step, long chunk, long* from, long* to) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    while (loops_.size() <= number) loops_.push_back({false, 0});
+    Loop& loop = loops_[number];
+    if (!loop.started) loop = {true, begin};
+    if (step > 0 ? loop.next >= end : loop.next <= end) return false;
+    *from = loop.next;
+    const long after = loop.next + step * chunk;
+    loop.next = *to = (step > 0 ? after < end : after > end) ? after : end;
+    return true;
+  }
+
+ private:
+  struct Loop {
+    bool started;
+    long next;
+  };
+  const int size_;
+  std::mutex mutex_;
+  std::condition_variable moved_;
+  int waiting_ = 0;
+  int64_t turns_ = 0;
+  std::vector<Loop> loops_;
+};
+
+// What one thread knows of the region it is in.
+struct Place {
+  Team* team = nullptr;
+  int number = 0;
+  size_t loops = 0;  // that it has begun
+  long begin = 0, end = 0, step = 1, chunk = 1;
+};
+thread_local Place here;
+
+bool start(long begin, long end, long step, long chunk, long* from, long* to) {
+  here.begin = begin, here.end = end, here.step = step, here.chunk = chunk;
+  ++here.loops;
+  if (!here.team) {  // a loop outside of any region: one thread does all of it
+    *from = begin, *to = end;
+    return step > 0 ? begin < end : begin > end;
+  }
+  return here.team->next(here.loops - 1, begin, end, step, chunk, from, to);
+}
+
+bool next(long* from, long* to) {
+  return here.team && here.team->next(here.loops - 1, here.begin, here.end, here.step, here.chunk, from, to);
+}
+
+void run(Team* team, int number, void (*body)(void*), void* data) {
+  const Place before = here;
+  here = {};
+  here.team = team, here.number = number;
+  body(data);
+  here = before;
+}
+
+}  // namespace
+
+extern "C" {
+int omp_get_thread_num(void) { return here.number; }
+int omp_get_num_threads(void) { return here.team ? here.team->size() : 1; }
+int omp_get_max_threads(void) { return 4; }
+int omp_in_parallel(void) { return here.team != nullptr; }
+
+void GOMP_barrier(void) {
+  if (here.team) here.team->wait();
+}
+void GOMP_parallel(void (*body)(void*), void* data, unsigned wanted, unsigned) {
+  // As libgomp does it: a region inside another has one thread.
+  const int size = here.team ? 1 : wanted ? static_cast<int>(wanted) : omp_get_max_threads();
+  Team team(size);
+  std::vector<std::thread> others;
+  for (int i = 1; i < size; ++i) others.emplace_back([&, i] { run(&team, i, body, data); });
+  run(&team, 0, body, data);
+  for (std::thread& thread : others) thread.join();
+}
+
+bool GOMP_loop_dynamic_start(long begin, long end, long step, long chunk, long* from, long* to) {
+  return start(begin, end, step, chunk, from, to);
+}
+bool GOMP_loop_dynamic_next(long* from, long* to) { return next(from, to); }
+bool GOMP_loop_nonmonotonic_dynamic_start(long begin, long end, long step, long chunk, long* from, long* to) {
+  return start(begin, end, step, chunk, from, to);
+}
+bool GOMP_loop_nonmonotonic_dynamic_next(long* from, long* to) { return next(from, to); }
+void GOMP_loop_end(void) { GOMP_barrier(); }
+void GOMP_loop_end_nowait(void) {}
+
+// `parallel for`: gcc 12 calls these with the bounds, then the body asks for the next part with ..._next alone.
+void GOMP_parallel_loop_dynamic(void (*body)(void*), void* data, unsigned wanted, long begin, long end, long step, long chunk,
+                                unsigned flags);
+void GOMP_parallel_loop_nonmonotonic_dynamic(void (*body)(void*), void* data, unsigned wanted, long begin, long end, long step,
+                                             long chunk, unsigned flags);
+}
+
+namespace {
+struct Bounds {
+  void (*body)(void*);
+  void* data;
+  long begin, end, step, chunk;
+};
+void loop_body(void* p) {
+  const Bounds& bounds = *static_cast<Bounds*>(p);
+  here.begin = bounds.begin, here.end = bounds.end, here.step = bounds.step, here.chunk = bounds.chunk;
+  here.loops = 1;
+  bounds.body(bounds.data);
+}
+}  // namespace
+
+void GOMP_parallel_loop_dynamic(void (*body)(void*), void* data, unsigned wanted, long begin, long end, long step, long chunk,
+                                unsigned flags) {
+  Bounds bounds = {body, data, begin, end, step, chunk};
+  GOMP_parallel(loop_body, &bounds, wanted, flags);
+}
+void GOMP_parallel_loop_nonmonotonic_dynamic(void (*body)(void*), void* data, unsigned wanted, long begin, long end, long step,
+                                             long chunk, unsigned flags) {
+  GOMP_parallel_loop_dynamic(body, data, wanted, begin, end, step, chunk, flags);
+}
+#endif
