@@ -13,7 +13,7 @@ NATIVE := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help compare test lint docs bench setup clean
+.PHONY: help compare test lint docs bench sanitize neon setup clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,28 @@ docs: setup ## build the documentation into docs/_build, warnings are errors
 
 bench: setup ## kernels against torch, beside this machine's limits
 	@$(RUN) attnkit bench $(ARGS)
+
+# 5,000 random calls at each level, then four threads that call at once. CALLS and CALLERS say how many.
+CALLS ?= 5000
+CALLERS ?= 4
+SANITIZE := build/sanitize
+sanitize: ## the kernels' own tests under the sanitizers of memory, undefined behaviour and threads (minutes)
+	@command -v cmake >/dev/null || { echo "attnkit: make sanitize needs cmake and g++: apt-get install cmake g++"; exit 1; }
+	@cmake -S . -B $(SANITIZE) >/dev/null
+	@cmake --build $(SANITIZE) --parallel $(WORKERS) --target attnkit_tests_address attnkit_tests_thread
+	@echo "attnkit: addresses and undefined behaviour, $(CALLS) random calls at each level"
+	@$(SANITIZE)/attnkit_tests_address --rounds $(CALLS)
+	@echo "attnkit: $(CALLERS) threads that call at once"
+	@$(SANITIZE)/attnkit_tests_thread --rounds $$(($(CALLS) / 50 + 1)) --callers $(CALLERS)
+
+ARM := aarch64-linux-gnu
+neon: ## compile the kernels for ARM and run their tests on an emulated processor (minutes)
+	@command -v cmake $(ARM)-g++ qemu-aarch64 | grep -c . | grep -q 3 || { echo "attnkit: make neon needs cmake, Debian's \
+	cross compiler and an emulator: apt-get install cmake g++-$(ARM) qemu-user"; exit 1; }
+	@cmake -S . -B build/neon -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=$(ARM)-g++ >/dev/null
+	@cmake --build build/neon --parallel $(WORKERS) --target attnkit_tests
+	@qemu-aarch64 -L /usr/$(ARM) build/neon/attnkit_tests --rounds $$(($(CALLS) / 10 + 1))
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist docs/_build docs/mechanisms .mypy_cache .ruff_cache .pytest_cache .hypothesis

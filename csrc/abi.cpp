@@ -19,6 +19,9 @@ namespace attnkit {
 #if defined(ATTNKIT_HAS_GENERIC)
 ATTNKIT_DECLARE(generic)
 #endif
+#if defined(ATTNKIT_HAS_NEON)
+ATTNKIT_DECLARE(neon)
+#endif
 #if defined(ATTNKIT_HAS_V2)
 ATTNKIT_DECLARE(v2)
 #endif
@@ -34,7 +37,8 @@ ATTNKIT_DECLARE(v4bf16)
 
 namespace {
 
-#if defined(ATTNKIT_HAS_GENERIC)
+// NEON belongs to every 64-bit ARM processor.
+#if defined(ATTNKIT_HAS_GENERIC) || defined(ATTNKIT_HAS_NEON)
 bool always() { return true; }
 #endif
 
@@ -64,6 +68,9 @@ struct Built {
 const Built kBuilt[] = {
 #if defined(ATTNKIT_HAS_GENERIC)
     {&generic::level, always},
+#endif
+#if defined(ATTNKIT_HAS_NEON)
+    {&neon::level, always},
 #endif
 #if defined(ATTNKIT_HAS_V2)
     {&v2::level, runs_v2},

@@ -3,7 +3,7 @@
 // The width comes from what the compiler was told it may use (-march in CMakeLists.txt). Everything below kernels/ is
 // included inside a namespace named after the level and calls no inline function of the standard library: the linker
 // keeps one copy of such a function for the whole library, and it could be one that an older processor cannot run.
-#if defined(__FMA__) || defined(__AVX512F__)
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__aarch64__)
 #define ATTNKIT_LEVEL_HAS_FMA 1
 #endif
 
@@ -22,6 +22,8 @@ struct Float16 {
 #include "simd512.h"
 #elif defined(__AVX2__)
 #include "simd256.h"
+#elif defined(__aarch64__)
+#include "simdneon.h"
 #else
 #include "simd128.h"
 #endif

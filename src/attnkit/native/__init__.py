@@ -91,7 +91,7 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
 
 ERRORS = {
     1: "the dtype is none of float32, bfloat16 and float16",
-    2: "a size, a stride or a number of threads is out of range, an array is missing, or KV heads do not divide query heads",
+    2: "a size, a stride or the threads are out of range, an array is missing, or KV heads do not divide query heads",
     3: "the mask is made for other sizes than the call's, its window is out of range, or its blocks are not in order",
     4: "the decode kernel takes at most 48 queries with a block list",
     5: "the instruction level is not built or does not run on this processor",
