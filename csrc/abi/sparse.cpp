@@ -1,4 +1,4 @@
-// Checks calls for block lists before any pointer is used, and passes them to the level that was chosen.
+// Checks calls for block lists and learned-sparse attention before any pointer is used, and passes them to the level that was chosen.
 #include "../abi.h"
 #include "../levels/level.h"
 
@@ -52,6 +52,17 @@ int32_t check(const attnkit_block_list& s) {
   return ATTNKIT_OK;
 }
 
+int32_t check(const attnkit_selected& s) {
+  if (s.dtype < ATTNKIT_FLOAT32 || s.dtype > ATTNKIT_FLOAT16) return ATTNKIT_BAD_DTYPE;
+  if (s.b < 0 || s.g < 1 || s.lists < 1 || s.h < 1 || s.h % s.lists != 0 || s.lists % s.g != 0 || s.m < 0 ||
+      s.m > s.n || s.n >= kLargest || s.d < 1 || s.e < 1 || s.s < 0 || s.s > kLargest / (s.s + 1) || s.block < 1 ||
+      s.threads < 1 || !(s.scale > 0))
+    return ATTNKIT_BAD_SIZE;
+  return ATTNKIT_OK;
+}
+
+bool nothing_to_do(const attnkit_selected& s) { return s.b == 0 || s.m == 0; }
+
 }  // namespace
 }  // namespace attnkit
 
@@ -81,5 +92,19 @@ int32_t attnkit_block_list_fill(const attnkit_block_list* call, void* scratch, i
   if (needed < 0) return static_cast<int32_t>(-needed);
   if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
   level().sparse.block_list(*call, static_cast<char*>(scratch));
+  return ATTNKIT_OK;
+}
+
+int64_t attnkit_selected_forward_scratch_bytes(const attnkit_selected* call) {
+  const int32_t status = check(*call);
+  if (status != ATTNKIT_OK) return -status;
+  return nothing_to_do(*call) ? 0 : level().sparse.selected_scratch_bytes(*call);
+}
+
+int32_t attnkit_selected_forward(const attnkit_selected* call, void* scratch, int64_t scratch_bytes) {
+  const int64_t needed = attnkit_selected_forward_scratch_bytes(call);
+  if (needed < 0) return static_cast<int32_t>(-needed);
+  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
+  if (!nothing_to_do(*call)) level().sparse.selected(*call, static_cast<char*>(scratch));
   return ATTNKIT_OK;
 }

@@ -49,6 +49,29 @@ ATTNKIT_EXPORT int32_t attnkit_block_bounds(const attnkit_block_list* call, void
 ATTNKIT_EXPORT int64_t attnkit_block_list_fill_scratch_bytes(const attnkit_block_list* call);
 ATTNKIT_EXPORT int32_t attnkit_block_list_fill(const attnkit_block_list* call, void* scratch, int64_t scratch_bytes);
 
+/* Softmax attention of each query to its own block of keys and the chosen ones. Query i sits at position n - m + i, and
+ * its own block is number position / block; causal, it sees that one up to itself. */
+typedef struct attnkit_selected {
+  const void* q;         /* (b, h, m, d) */
+  const void* k;         /* (b, g, n, d) */
+  const void* v;         /* (b, g, n, e) */
+  void* o;               /* (b, h, m, e) */
+  const int32_t* chosen; /* (b, lists, m, s) contiguous: numbers of other blocks; what is no block stands for none */
+  int64_t b, h, g, lists, m, n, d, e, s;
+  int64_t q_b, q_h, q_m;
+  int64_t k_b, k_g, k_n;
+  int64_t v_b, v_g, v_n;
+  int64_t o_b, o_h, o_m;
+  int64_t block;
+  int64_t threads;
+  int32_t dtype;
+  int32_t causal;
+  float scale; /* above 0 */
+} attnkit_selected;
+
+ATTNKIT_EXPORT int64_t attnkit_selected_forward_scratch_bytes(const attnkit_selected* call);
+ATTNKIT_EXPORT int32_t attnkit_selected_forward(const attnkit_selected* call, void* scratch, int64_t scratch_bytes);
+
 #ifdef __cplusplus
 }
 #endif

@@ -28,6 +28,8 @@ struct SparseKernels {
   int64_t (*block_list_scratch_bytes)(const attnkit_block_list&);
   void (*block_bounds)(const attnkit_block_list&, char* scratch);
   void (*block_list)(const attnkit_block_list&, char* scratch);
+  int64_t (*selected_scratch_bytes)(const attnkit_selected&);
+  void (*selected)(const attnkit_selected&, char* scratch);
 };
 
 struct LatentKernels {

@@ -7,16 +7,41 @@ namespace {
 
 // clang-format off: the order matters
 #include "../kernels/simd.h"
+#include "../kernels/gemm.h"
+#include "../kernels/visible.h"
+#include "../kernels/logits.h"
+#include "../kernels/threads.h"
+#include "../kernels/pack.h"
 #include "../kernels/lists.h"
+#include "../kernels/selected.h"
 // clang-format on
 
 int64_t block_list_scratch_bytes(const attnkit_block_list& s) { return BlockLists(s).scratch_bytes(); }
 void block_bounds(const attnkit_block_list& s, char* scratch) { BlockLists(s).bounds(scratch); }
 void block_list(const attnkit_block_list& s, char* scratch) { BlockLists(s).fill(scratch); }
 
+// Calls f with the kernel that serves the call.
+template <class F>
+auto with_selected(const attnkit_selected& s, F f) {
+#if defined(ATTNKIT_BF16_DOT)
+  using BFloat16Product = BFloat16Math;
+#else
+  using BFloat16Product = Float32Math;
+#endif
+  if (s.dtype == ATTNKIT_BFLOAT16) return f(Selected<BFloat16Product, BFloat16>(s));
+  if (s.dtype == ATTNKIT_FLOAT16) return f(Selected<Float32Math, Float16>(s));
+  return f(Selected<Float32Math, float>(s));
+}
+int64_t selected_scratch_bytes(const attnkit_selected& s) {
+  return with_selected(s, [](const auto& kernel) { return kernel.scratch_bytes(); });
+}
+void selected(const attnkit_selected& s, char* scratch) {
+  with_selected(s, [&](const auto& kernel) { kernel.run(scratch); });
+}
+
 }  // namespace
 
-const SparseKernels sparse = {block_list_scratch_bytes, block_bounds, block_list};
+const SparseKernels sparse = {block_list_scratch_bytes, block_bounds, block_list, selected_scratch_bytes, selected};
 
 }  // namespace ATTNKIT_LEVEL
 }  // namespace attnkit

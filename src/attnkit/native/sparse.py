@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import c_char_p, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 
 STRUCTS: dict[str, tuple[tuple[str, type], ...]] = {
     "mask_node": (
@@ -14,10 +14,19 @@ STRUCTS: dict[str, tuple[tuple[str, type], ...]] = {
         *((name, c_int64) for name in ("count", "batches", "heads", "m", "n", "block_q", "block_k")),
         *((name, c_int64) for name in ("entries", "room", "slots")),
     ),
+    "selected": (
+        *((name, c_void_p) for name in ("q", "k", "v", "o", "chosen")),
+        *((name, c_int64) for name in ("b", "h", "g", "lists", "m", "n", "d", "e", "s")),
+        *((name, c_int64) for name in ("q_b", "q_h", "q_m", "k_b", "k_g", "k_n", "v_b", "v_g", "v_n")),
+        *((name, c_int64) for name in ("o_b", "o_h", "o_m", "block", "threads")),
+        ("dtype", c_int32),
+        ("causal", c_int32),
+        ("scale", c_float),
+    ),
 }
 
 FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {}
-for _name in ("block_bounds", "block_list_fill"):
+for _name in ("block_bounds", "block_list_fill", "selected_forward"):
     FUNCTIONS[f"attnkit_{_name}_scratch_bytes"] = c_int64, (c_char_p,)
     FUNCTIONS[f"attnkit_{_name}"] = c_int32, (c_char_p, c_void_p, c_int64)
 

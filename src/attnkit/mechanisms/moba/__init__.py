@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnkit import shapes
 from attnkit.dispatch import run
-from attnkit.mechanisms.moba import chunk, selected
+from attnkit.mechanisms.moba import chunk, cpu, selected
 from attnkit.mechanisms.moba.reference import forward as reference
 from attnkit.positions import Rotary
 from attnkit.spec import Backend, Cost, Laws, LayerPlace, Mechanism, Preset, Sizes
@@ -50,7 +50,7 @@ def moba_attention(
     block: keys of a block, at least 1; the last block may have fewer.
     top: blocks that a query attends to, its own one included; 1 is attention within the own block alone.
     scale: multiplies ``q k^T``; ``d ** -0.5`` when None.
-    backend: "chunk" or "reference", which then runs or raises; None takes the first that can run.
+    backend: "cpu", "chunk" or "reference", which then runs or raises; None takes the first that can run.
 
     Returns
     -------
@@ -140,7 +140,9 @@ def selected_attention(
             f"{where}: chosen has {lists} lists for {h} query heads and {g} KV heads, expected a number that divides "
             f"the query heads and that the KV heads divide"
         )
-    return selected.attend(q, k, v, chosen, block, _scale(q, scale), causal)
+    # One query fetches the blocks it chose; to pack all keys for it would cost more.
+    attend = cpu.attend if q.shape[2] > 1 and not cpu.refuses(q, k, v, _scale(q, scale)) else selected.attend
+    return attend(q, k, v, chosen, block, _scale(q, scale), causal)
 
 
 def check(where: str, **counts: int) -> None:
@@ -210,6 +212,10 @@ def selected_pairs(n: int, block: int, top: int) -> int:
     return own + block * (block * past + rest * min(others, whole))
 
 
+def _cpu() -> Any:
+    return cpu.forward
+
+
 def _chunk() -> Any:
     return chunk.forward
 
@@ -238,7 +244,11 @@ SPEC = Mechanism(
     function=moba_attention,
     sample=sample,
     reference=reference,
-    backends=(Backend("chunk", _chunk, finite_only=True), Backend("reference", _reference)),
+    backends=(
+        Backend("cpu", _cpu, rejects=cpu.rejects, grad=False),
+        Backend("chunk", _chunk, finite_only=True),
+        Backend("reference", _reference),
+    ),
     laws=Laws(causal=True, stateful=True, step_equals_prefill=True, length_invariant=True, every_key=False),
     cost=cost,
     layer=MobaAttention,

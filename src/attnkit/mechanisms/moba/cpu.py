@@ -1,0 +1,67 @@
+"""The native kernel, forward only: queries that chose a block share its packed keys, and no partial result is stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnkit import native
+from attnkit.masks import causal
+from attnkit.mechanisms.moba.gates import best_blocks, block_means
+from attnkit.mechanisms.softmax import softmax_attention
+from attnkit.spec import Call
+
+MOST_SIZE = 576
+
+
+def rejects(call: Call) -> tuple[str, ...]:
+    return refuses(call["q"], call["k"], call["v"], call["scale"])
+
+
+def refuses(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[str, ...]:
+    """Why the kernel cannot run this call."""
+    reasons = []
+    if not native.STATUS.available:
+        reasons.append(native.STATUS.reason)
+    if torch.compiler.is_compiling():
+        reasons.append("the call is being compiled, the native kernel runs eagerly only")
+    if q.device.type != "cpu":
+        reasons.append(f"device is {q.device.type}, the native kernel needs cpu")
+    if q.dtype not in native.DTYPES:
+        reasons.append(f"dtype is {q.dtype}, the native kernel takes float32, bfloat16 and float16")
+    for name, size in (("key", q.shape[3]), ("value", v.shape[3])):
+        if not 1 <= size <= MOST_SIZE:
+            reasons.append(f"{name} size is {size}, the native kernel takes 1 to {MOST_SIZE}")
+    if not scale > 0:
+        reasons.append(f"scale is {scale}, the native kernel takes one above 0")
+    if torch.is_grad_enabled():
+        wanted = [name for name, x in (("q", q), ("k", k), ("v", v)) if x.requires_grad]
+        if wanted:
+            reasons.append(f"gradients are wanted for {', '.join(wanted)}, the native kernel is forward only")
+    return tuple(reasons)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, block: int, top: int, scale: float) -> Tensor:
+    m, n = q.shape[2], k.shape[2]
+    if block * top >= n:
+        o: Tensor = softmax_attention(q, k, v, mask=causal(), scale=scale)
+        return o
+    return attend(q, k, v, best_blocks(q, block_means(k, block), n - m, block, top), block, scale)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block: int, scale: float, causal: bool = True) -> Tensor:
+    """Each query's own block, up to itself when ``causal``, and its ``chosen`` ``(b, c, m, s)``: ``(b, h, m, e)``."""
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    chosen = chosen.to(torch.int32).contiguous()
+    (b, h, m, d), (g, n, e) = q.shape, v.shape[1:]
+    o = q.new_empty(b, h, m, e)
+    native.run(
+        "selected_forward",
+        native.pack_selected(
+            *(x.data_ptr() for x in (q, k, v, o, chosen)),
+            *(b, h, g, chosen.shape[1], m, n, d, e, chosen.shape[3]),
+            *(step for x in (q, k, v, o) for step in x.stride()[:3]),
+            *(block, torch.get_num_threads(), native.DTYPES[q.dtype], causal, scale),
+        ),
+    )
+    return o
