@@ -108,7 +108,6 @@ def _packer(fields: tuple[tuple[str, type], ...]) -> Callable[..., bytes]:
 
 pack_softmax = _packer(SOFTMAX_FIELDS)
 pack_linear = _packer(linear.FIELDS)
-pack_mask_node, pack_block_list = (_packer(sparse.STRUCTS[name]) for name in ("mask_node", "block_list"))
 pack_latent = _packer(LATENT_FIELDS)
 pack_mask_node, pack_block_list, pack_selected = map(_packer, sparse.STRUCTS.values())
 
