@@ -48,6 +48,16 @@ int32_t check(const attnkit_softmax& s) {
   return ATTNKIT_OK;
 }
 
+// Gradients of what a call does not have cannot be asked for.
+int32_t check(const attnkit_softmax& s, const attnkit_softmax_gradients& g) {
+  const int32_t status = check(s);
+  if (status != ATTNKIT_OK) return status;
+  const bool rows = s.b > 0 && s.m > 0;
+  if (rows && (!s.o || !s.lse || !g.d_o)) return ATTNKIT_BAD_SIZE;
+  if ((g.d_bias && (!s.bias || g.d_bias_n < 0 || g.d_bias_n > 1)) || (g.d_sink && !s.sink)) return ATTNKIT_BAD_SIZE;
+  return ATTNKIT_OK;
+}
+
 bool nothing_to_do(const attnkit_softmax& s) { return s.b == 0 || s.m == 0; }
 
 // Minus a status code if the call is refused. The level is an argument: another thread may choose one between two looks.
@@ -72,5 +82,19 @@ int32_t attnkit_softmax_forward(const attnkit_softmax* call, void* scratch, int6
   if (nothing_to_do(*call)) return ATTNKIT_OK;
   if (call->offsets && !list_is_good(*call)) return ATTNKIT_BAD_MASK;
   at.softmax.forward(*call, static_cast<char*>(scratch));
+  return ATTNKIT_OK;
+}
+
+int64_t attnkit_softmax_backward_scratch_bytes(const attnkit_softmax* call, const attnkit_softmax_gradients* gradients) {
+  const int32_t status = check(*call, *gradients);
+  return status == ATTNKIT_OK ? level().softmax.backward_scratch_bytes(*call, *gradients) : -status;
+}
+
+int32_t attnkit_softmax_backward(const attnkit_softmax* call, const attnkit_softmax_gradients* gradients, void* scratch,
+                                 int64_t scratch_bytes) {
+  const int64_t needed = attnkit_softmax_backward_scratch_bytes(call, gradients);
+  if (needed < 0) return static_cast<int32_t>(-needed);
+  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
+  level().softmax.backward(*call, *gradients, static_cast<char*>(scratch));
   return ATTNKIT_OK;
 }

@@ -49,6 +49,25 @@ typedef struct attnkit_softmax {
 ATTNKIT_EXPORT int64_t attnkit_softmax_forward_scratch_bytes(const attnkit_softmax* call);
 ATTNKIT_EXPORT int32_t attnkit_softmax_forward(const attnkit_softmax* call, void* scratch, int64_t scratch_bytes);
 
+/* What the backward pass of a call reads and writes beside the call itself, whose o and lse are those of the forward pass.
+ * Results are contiguous, in the call's dtype; a null one is not wanted. kernel is not read. */
+typedef struct attnkit_softmax_gradients {
+  const void* d_o;    /* (b, h, m, e) */
+  const float* d_lse; /* (b, h, m) contiguous, or null */
+  void* d_q;          /* (b, h, m, d), or null */
+  void* d_k;          /* (b, g, n, d), or null */
+  void* d_v;          /* (b, g, n, e), or null */
+  float* d_bias;      /* strided by d_bias_*, 0 where the bias is broadcast, d_bias_n at most 1; added to; or null */
+  float* d_sink;      /* (h,), or null */
+  int64_t d_o_b, d_o_h, d_o_m;
+  int64_t d_bias_b, d_bias_h, d_bias_m, d_bias_n;
+} attnkit_softmax_gradients;
+
+ATTNKIT_EXPORT int64_t attnkit_softmax_backward_scratch_bytes(const attnkit_softmax* call,
+                                                              const attnkit_softmax_gradients* gradients);
+ATTNKIT_EXPORT int32_t attnkit_softmax_backward(const attnkit_softmax* call, const attnkit_softmax_gradients* gradients,
+                                                void* scratch, int64_t scratch_bytes);
+
 #ifdef __cplusplus
 }
 #endif

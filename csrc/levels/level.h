@@ -15,6 +15,8 @@ struct LimitKernels {
 struct SoftmaxKernels {
   int64_t (*scratch_bytes)(const attnkit_softmax&);
   void (*forward)(const attnkit_softmax&, char* scratch);
+  int64_t (*backward_scratch_bytes)(const attnkit_softmax&, const attnkit_softmax_gradients&);
+  void (*backward)(const attnkit_softmax&, const attnkit_softmax_gradients&, char* scratch);
 };
 
 struct LinearKernels {

@@ -14,16 +14,18 @@ namespace {
 #include "../kernels/pack.h"
 #include "../kernels/prefill.h"
 #include "../kernels/decode.h"
+#include "../kernels/backward.h"
 // clang-format on
+
+#if defined(ATTNKIT_BF16_DOT)
+using BFloat16Product = BFloat16Math;
+#else
+using BFloat16Product = Float32Math;
+#endif
 
 // Calls f with the kernel that serves the call.
 template <class F>
 auto with_kernel(const attnkit_softmax& s, F f) {
-#if defined(ATTNKIT_BF16_DOT)
-  using BFloat16Product = BFloat16Math;
-#else
-  using BFloat16Product = Float32Math;
-#endif
   if (s.kernel == ATTNKIT_DECODE) {
     if (s.dtype == ATTNKIT_BFLOAT16) return f(Decode<BFloat16>(s));
     if (s.dtype == ATTNKIT_FLOAT16) return f(Decode<Float16>(s));
@@ -42,9 +44,24 @@ void softmax_forward(const attnkit_softmax& s, char* scratch) {
   with_kernel(s, [&](const auto& kernel) { kernel.run(scratch); });
 }
 
+template <class F>
+auto with_backward(const attnkit_softmax& s, const attnkit_softmax_gradients& gradients, F f) {
+  if (s.dtype == ATTNKIT_BFLOAT16) return f(Backward<BFloat16Product, BFloat16>(s, gradients));
+  if (s.dtype == ATTNKIT_FLOAT16) return f(Backward<Float32Math, Float16>(s, gradients));
+  return f(Backward<Float32Math, float>(s, gradients));
+}
+
+int64_t softmax_backward_scratch_bytes(const attnkit_softmax& s, const attnkit_softmax_gradients& gradients) {
+  return with_backward(s, gradients, [](const auto& kernel) { return kernel.scratch_bytes(); });
+}
+
+void softmax_backward(const attnkit_softmax& s, const attnkit_softmax_gradients& gradients, char* scratch) {
+  with_backward(s, gradients, [&](const auto& kernel) { kernel.run(scratch); });
+}
+
 }  // namespace
 
-const SoftmaxKernels softmax = {softmax_scratch_bytes, softmax_forward};
+const SoftmaxKernels softmax = {softmax_scratch_bytes, softmax_forward, softmax_backward_scratch_bytes, softmax_backward};
 
 }  // namespace ATTNKIT_LEVEL
 }  // namespace attnkit

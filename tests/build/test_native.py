@@ -55,7 +55,8 @@ def test_struct_matches_the_header(name):
 
 def test_functions_match_the_header():
     functions = {}
-    for result, name, arguments in re.findall(r"ATTNKIT_EXPORT ([\w ]+\*?) (attnkit_\w+)\((.*?)\);", DECLARATIONS):
+    lines = re.sub(r"\s+", " ", DECLARATIONS)
+    for result, name, arguments in re.findall(r"ATTNKIT_EXPORT ([\w ]+\*?) (attnkit_\w+)\((.*?)\);", lines):
         declared = [] if arguments == "void" else [argument.strip() for argument in arguments.split(",")]
         functions[name] = (kind(result), tuple(kind(re.sub(r" \w+$", "", argument)) for argument in declared))
     assert functions == native.FUNCTIONS
@@ -170,11 +171,11 @@ def test_limits_are_measured():
 
 
 def test_reasons_carry_values():
-    q = torch.zeros(1, 2, 3, 600, requires_grad=True)
-    call = attnkit.get("softmax").call(q, q, q[..., :8].double().detach().to(q.dtype), dropout=0.5)
+    q, slopes = torch.zeros(1, 2, 3, 600, requires_grad=True), torch.zeros(2, requires_grad=True)
+    call = attnkit.get("softmax").call(q, q, q[..., :8], alibi=slopes, dropout=0.5)
     reasons = "; ".join(cpu.rejects(call))
     assert "key size is 600, the native kernel takes 1 to 576" in reasons
-    assert "gradients are wanted for q, k" in reasons
+    assert "gradients are wanted for 2 slopes of alibi" in reasons
     assert "dropout is 0.5" in reasons
 
 

@@ -87,11 +87,16 @@ def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
     far = 1 << 62
     plain = (q, k, v, None, far, 0, 0.25, None, None, 0.0, None)
     rich = (q, k, v, dense, far, far, 0.25, torch.randn(2, 4, 9, 70), torch.rand(4), 2.0, torch.randn(4))
-    return [("softmax", plain), ("softmax", rich)]
+    trained = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in rich]
+    trained[8] = rich[8].detach()
+    o, lse = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9)
+    slopes = (q.detach(), k.detach(), v.detach(), o, lse, torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9), dense, far, far, 0.25)
+    slopes += (torch.randn(2, 1, 9, 70), torch.rand(4), 2.0, torch.randn(4), [True, True, False, True, True])
+    return [("softmax", plain), ("softmax", tuple(trained)), ("softmax_backward", slopes)]
 
 
 @pytest.mark.skipif(not native.STATUS.available, reason=f"no native library: {native.STATUS.reason}")
-@pytest.mark.parametrize(("name", "arguments"), operator_calls(), ids=["plain", "every feature"])
+@pytest.mark.parametrize(("name", "arguments"), operator_calls(), ids=["plain", "every feature", "backward"])
 def test_softmax_operator_check(name: str, arguments: tuple[Any, ...]) -> None:
     """Schema, fake shapes and strides, and AOT dispatch agree with the real operator."""
     torch.library.opcheck(getattr(torch.ops.attnkit, name), arguments)

@@ -66,6 +66,9 @@ LATENT_FIELDS: tuple[tuple[str, type], ...] = (
     *((name, c_int64) for name in ("o_b", "o_h", "o_m", "left", "right", "threads")),
     ("dtype", c_int32),
     ("scale", c_float),
+SOFTMAX_GRADIENT_FIELDS: tuple[tuple[str, type], ...] = (
+    *((name, c_void_p) for name in ("d_o", "d_lse", "d_q", "d_k", "d_v", "d_bias", "d_sink")),
+    *((name, c_int64) for name in ("d_o_b", "d_o_h", "d_o_m", "d_bias_b", "d_bias_h", "d_bias_m", "d_bias_n")),
 )
 
 # A struct goes over as packed bytes: making them is one C call, filling a ctypes.Structure is one for each field.
@@ -84,6 +87,8 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     **sparse.FUNCTIONS,
     "attnkit_latent_forward_scratch_bytes": (c_int64, (c_char_p,)),
     "attnkit_latent_forward": (c_int32, (c_char_p, c_void_p, c_int64)),
+    "attnkit_softmax_backward_scratch_bytes": (c_int64, (c_char_p, c_char_p)),
+    "attnkit_softmax_backward": (c_int32, (c_char_p, c_char_p, c_void_p, c_int64)),
     "attnkit_fma_gflops": (c_double, (c_int64, c_double)),
     "attnkit_bf16_dot_gflops": (c_double, (c_int64, c_double)),
     "attnkit_read_gigabytes": (c_double, (c_void_p, c_int64, c_int64, c_double)),
@@ -99,7 +104,7 @@ ERRORS = {
 }
 
 _FORMATS: dict[Any, str] = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f"}
-STRUCTS = {"softmax": SOFTMAX_FIELDS, "linear": linear.FIELDS, **sparse.STRUCTS, "latent": LATENT_FIELDS}
+STRUCTS = {"softmax": SOFTMAX_FIELDS, "linear": linear.FIELDS, **sparse.STRUCTS, "latent": LATENT_FIELDS, "softmax_gradients": SOFTMAX_GRADIENT_FIELDS}
 
 
 def _packer(fields: tuple[tuple[str, type], ...]) -> Callable[..., bytes]:
@@ -110,6 +115,7 @@ pack_softmax = _packer(SOFTMAX_FIELDS)
 pack_linear = _packer(linear.FIELDS)
 pack_latent = _packer(LATENT_FIELDS)
 pack_mask_node, pack_block_list, pack_selected = map(_packer, sparse.STRUCTS.values())
+pack_softmax_gradients = _packer(SOFTMAX_GRADIENT_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -213,16 +219,16 @@ def use_level(name: str) -> Iterator[None]:
         set_level(before)
 
 
-def run(function: str, call: bytes) -> None:
+def run(function: str, *call: bytes) -> None:
     """Run ``attnkit_<function>`` on a packed call, such as ``softmax_forward`` on what ``pack_softmax`` gave.
 
     Scratch memory is torch's, so that its allocator and profiler see it.
     """
-    size = getattr(_LIBRARY, f"attnkit_{function}_scratch_bytes")(call)
+    size = getattr(_LIBRARY, f"attnkit_{function}_scratch_bytes")(*call)
     if size < 0:
         raise RuntimeError(f"the native kernel {function} refused a call: {ERRORS[-size]}")
     scratch = torch.empty(size, dtype=torch.uint8)
-    status = getattr(_LIBRARY, f"attnkit_{function}")(call, scratch.data_ptr(), size)
+    status = getattr(_LIBRARY, f"attnkit_{function}")(*call, scratch.data_ptr(), size)
     if status:
         raise RuntimeError(f"the native kernel {function} refused a call: {ERRORS[status]}")
 

@@ -1,4 +1,4 @@
-"""The native kernels of softmax attention, forward only, which skip the blocks that nobody sees."""
+"""The native kernels of softmax attention, which skip the blocks that nobody sees."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ SPEC = Mechanism(
     sample=sample,
     reference=reference,
     backends=(
-        Backend("cpu", _cpu, cpu.rejects, grad=False),
+        Backend("cpu", _cpu, cpu.rejects),
         Backend("chunk", _chunk, finite_only=True),
         Backend("reference", _reference),
     ),

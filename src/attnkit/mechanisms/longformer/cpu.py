@@ -1,8 +1,7 @@
-"""The native kernels of softmax attention, forward only: the window and the global keys are one mask, a block list."""
+"""The native kernels of softmax attention: the window and the global keys are one mask, a block list."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from attnkit.masks import padding, symmetric_window
@@ -13,11 +12,7 @@ from attnkit.spec import Call
 
 
 def rejects(call: Call) -> tuple[str, ...]:
-    reasons = list(SOFTMAX.backend("cpu").rejects(SOFTMAX.call(call["q"], call["k"], call["v"])))
-    wanted = [name for name in ("global_q", "global_k", "global_v") if call[name].requires_grad]
-    if torch.is_grad_enabled() and wanted:
-        reasons.append(f"gradients are wanted for {', '.join(wanted)}, the native kernel is forward only")
-    return tuple(reasons)
+    return SOFTMAX.backend("cpu").rejects(SOFTMAX.call(call["q"], call["k"], call["v"]))
 
 
 def forward(

@@ -318,7 +318,7 @@ SPEC = Mechanism(
     sample=sample,
     reference=reference,
     backends=(
-        Backend("cpu", _cpu, cpu.rejects, grad=False),
+        Backend("cpu", _cpu, cpu.rejects),
         Backend("sdpa", _sdpa, sdpa.rejects, finite_only=True),
         Backend("flex", _flex, flex.rejects, flex.declines, finite_only=True),
         Backend("reference", _reference),

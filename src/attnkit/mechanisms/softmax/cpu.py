@@ -1,12 +1,17 @@
-"""The native kernels, forward only: prefill packs keys once for all queries, decode reads each key once."""
+"""The native kernels: prefill packs keys once for all queries, decode reads each key once, and the backward pass makes
+weights again from the log-sum-exp.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnkit import native
-from attnkit.masks import UNBOUNDED, Mask, explicit
+from attnkit.masks import UNBOUNDED, BlockList, Mask, explicit
 from attnkit.spec import Call
 
 # 576 is a latent of 512 beside a rotary key of 64, as DeepSeek has them.
@@ -14,8 +19,6 @@ MOST_SIZE = 576
 # Up to this many queries are served by the decode kernel, which packs nothing. Measured with 8 KV heads of 128 numbers
 # and 1,000 to 32,000 keys.
 MOST_DECODE_QUERIES = 8
-
-_TENSORS = ("q", "k", "v", "bias", "alibi", "sink")
 
 
 def rejects(call: Call) -> tuple[str, ...]:
@@ -32,10 +35,9 @@ def rejects(call: Call) -> tuple[str, ...]:
             reasons.append(f"{name} size is {size}, the native kernel takes 1 to {MOST_SIZE}")
     if call["dropout"]:
         reasons.append(f"dropout is {call['dropout']}, the native kernel has none")
-    if torch.is_grad_enabled():
-        wanted = [name for name in _TENSORS if call[name] is not None and call[name].requires_grad]
-        if wanted:
-            reasons.append(f"gradients are wanted for {', '.join(wanted)}, the native kernel is forward only")
+    alibi = call["alibi"]
+    if torch.is_grad_enabled() and alibi is not None and alibi.requires_grad:
+        reasons.append(f"gradients are wanted for {alibi.shape[0]} slopes of alibi, the native kernel has none of them")
     return tuple(reasons)
 
 
@@ -54,16 +56,53 @@ def forward(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     interval = (UNBOUNDED, UNBOUNDED) if mask is None else mask.interval()
+    left, right = interval or (UNBOUNDED, UNBOUNDED)
+    bias, alibi, sink = _float32(bias), _float32(alibi), _float32(sink)
     if torch.compiler.is_compiling():
         # A mask object cannot cross into an operator: it goes over as a tensor, and is made a block list inside.
         dense = None if mask is None or interval is not None else mask.dense(q.shape[2], k.shape[2], q.device)
-        left, right = interval or (UNBOUNDED, UNBOUNDED)
         o, lse = _operator(q, k, v, dense, left, right, scale, bias, alibi, softcap or 0.0, sink)
         return (o, lse) if return_lse else o
-    o, maybe_lse = _run(
-        q, k, v, mask if interval is None else None, interval, scale, bias, alibi, softcap, sink, return_lse
-    )
+    listed = mask if interval is None else None
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias, sink)):
+        o, lse = _Attention.apply(q, k, v, bias, sink, listed, left, right, scale, alibi, softcap)
+        return (o, lse) if return_lse else o
+    o, maybe_lse = _run(q, k, v, listed, left, right, scale, bias, alibi, softcap, sink, return_lse)
     return o if maybe_lse is None else (o, maybe_lse)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        sink: Tensor | None,
+        mask: Mask | None,
+        left: int,
+        right: int,
+        scale: float,
+        alibi: Tensor | None,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        o, lse = _run(q, k, v, mask, left, right, scale, bias, alibi, softcap, sink, True)
+        assert lse is not None
+        ctx.save_for_backward(q, k, v, o, lse, bias, alibi, sink)
+        ctx.mask, ctx.left, ctx.right, ctx.scale, ctx.softcap = mask, left, right, scale, softcap
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, o, lse, bias, alibi, sink = ctx.saved_tensors
+        gradients = _run_backward(
+            q, k, v, o, lse, d_o, d_lse, ctx.mask, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink,
+            ctx.needs_input_grad[:5],
+        )  # fmt: skip
+        return (*gradients, None, None, None, None, None, None)
 
 
 @torch.library.custom_op("attnkit::softmax", mutates_args=(), device_types="cpu")
@@ -81,7 +120,7 @@ def _operator(
     sink: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     mask = None if dense is None else explicit(dense)
-    o, lse = _run(q, k, v, mask, (left, right), scale, bias, alibi, softcap or None, sink, True)
+    o, lse = _run(q, k, v, mask, left, right, scale, bias, alibi, softcap or None, sink, True)
     assert lse is not None
     return o, lse
 
@@ -104,12 +143,82 @@ def _shapes(
     return q.new_empty(*rows, v.shape[3]), q.new_empty(rows, dtype=torch.float32)
 
 
+@torch.library.custom_op("attnkit::softmax_backward", mutates_args=(), device_types="cpu")
+def _backward_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    d_o: Tensor,
+    d_lse: Tensor | None,
+    dense: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
+    bias: Tensor | None,
+    alibi: Tensor | None,
+    softcap: float,
+    sink: Tensor | None,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """Gradients of q, k, v, bias and sink; an empty tensor for each that is not wanted."""
+    mask = None if dense is None else explicit(dense)
+    gradients = _run_backward(
+        q, k, v, o, lse, d_o, d_lse, mask, left, right, scale, bias, alibi, softcap or None, sink, wanted
+    )
+    return [q.new_empty(0) if x is None else x for x in gradients]
+
+
+@_backward_operator.register_fake
+def _backward_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    d_o: Tensor,
+    d_lse: Tensor | None,
+    dense: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
+    bias: Tensor | None,
+    alibi: Tensor | None,
+    softcap: float,
+    sink: Tensor | None,
+    wanted: list[bool],
+) -> list[Tensor]:
+    pairs = zip((q, k, v, bias, sink), wanted, strict=True)
+    return [x.new_empty(x.shape) if x is not None and want else q.new_empty(0) for x, want in pairs]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, dense, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink = inputs
+    ctx.save_for_backward(q, k, v, *output, dense, bias, alibi, sink)
+
+
+def _backward(ctx: Any, d_o: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, o, lse, dense, bias, alibi, sink = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wanted = [needs[0], needs[1], needs[2], needs[7], needs[10]]
+    found = torch.ops.attnkit.softmax_backward(
+        q, k, v, o, lse, d_o, d_lse, dense, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink, wanted
+    )
+    d_q, d_k, d_v, d_bias, d_sink = (x if want else None for x, want in zip(found, wanted, strict=True))
+    return d_q, d_k, d_v, None, None, None, None, d_bias, None, None, d_sink
+
+
+_operator.register_autograd(_backward, setup_context=_keep)
+
+
 def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Mask | None,
-    interval: tuple[int, int] | None,
+    left: int,
+    right: int,
     scale: float,
     bias: Tensor | None,
     alibi: Tensor | None,
@@ -119,50 +228,103 @@ def _run(
 ) -> tuple[Tensor, Tensor | None]:
     """One native call. ``mask`` is lowered to a block list; the interval bounds visibility beside it."""
     q, k, v = _rows(q), _rows(k), _rows(v)
-    b, h, m, d = q.shape
-    g, n, e = v.shape[1:]
-    o = q.new_empty(b, h, m, e)
-    lse = q.new_empty(b, h, m, dtype=torch.float32) if return_lse else None
-    left, right = interval or (UNBOUNDED, UNBOUNDED)
-    blocks = None if mask is None else mask.block_list(m, n, native.BLOCK_QUERIES, native.BLOCK_KEYS)
-    bias, alibi, sink = _float32(bias), _float32(alibi), _float32(sink)
+    o = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
+    kernel = native.DECODE if q.shape[2] <= MOST_DECODE_QUERIES else native.PREFILL
+    blocks = _blocks(mask, q, k)
+    call = _packed(q, k, v, o, lse, blocks, left, right, scale, bias, alibi, softcap, sink, kernel)
+    native.run("softmax_forward", call)
+    return o, lse
+
+
+def _run_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    d_o: Tensor | None,
+    d_lse: Tensor | None,
+    mask: Mask | None,
+    left: int,
+    right: int,
+    scale: float,
+    bias: Tensor | None,
+    alibi: Tensor | None,
+    softcap: float | None,
+    sink: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, bias and sink in their shapes; None for each that is not wanted."""
+    q, k, v, o = _rows(q), _rows(k), _rows(v), _rows(o)
+    d_o = torch.zeros_like(o) if d_o is None else _rows(d_o)
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    blocks = _blocks(mask, q, k)
+    call = _packed(q, k, v, o, lse, blocks, left, right, scale, bias, alibi, softcap, sink, native.PREFILL)
+    d_q, d_k, d_v = (x.new_empty(x.shape) if want else None for x, want in zip((q, k, v), wanted, strict=False))
+    d_bias = torch.zeros(bias.shape) if bias is not None and wanted[3] else None
+    d_sink = torch.empty(sink.shape) if sink is not None and wanted[4] else None
+    # A size of 1 is shared by all that it is broadcast to.
+    steps = () if d_bias is None else (0 if n == 1 else s for n, s in zip(d_bias.shape, d_bias.stride(), strict=True))
     native.run(
-        "softmax_forward",
-        native.pack_softmax(
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            o.data_ptr(),
-            0 if lse is None else lse.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0 if alibi is None else alibi.data_ptr(),
-            0 if sink is None else sink.data_ptr(),
-            *(
-                (0, 0, 0, 0)
-                if blocks is None
-                else (
-                    blocks.offsets.data_ptr(),
-                    blocks.columns.data_ptr(),
-                    blocks.pattern.data_ptr(),
-                    blocks.patterns.data_ptr(),
-                )
-            ),
-            *(b, h, g, m, n, d, e),
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *o.stride()[:3],
-            *((0, 0, 0, 0) if bias is None else bias.stride()),
-            *(left, right),
-            *((1, 1) if blocks is None else (blocks.batches, blocks.heads)),
-            torch.get_num_threads(),
-            native.DTYPES[q.dtype],
-            native.DECODE if m <= MOST_DECODE_QUERIES else native.PREFILL,
-            scale,
-            softcap or 0.0,
+        "softmax_backward",
+        call,
+        native.pack_softmax_gradients(
+            *(0 if x is None else x.data_ptr() for x in (d_o, d_lse, d_q, d_k, d_v, d_bias, d_sink)),
+            *d_o.stride()[:3],
+            *((0, 0, 0, 0) if d_bias is None else steps),
         ),
     )
-    return o, lse
+    return d_q, d_k, d_v, d_bias, d_sink
+
+
+def _blocks(mask: Mask | None, q: Tensor, k: Tensor) -> BlockList | None:
+    if mask is None:
+        return None
+    return mask.block_list(q.shape[2], k.shape[2], native.BLOCK_QUERIES, native.BLOCK_KEYS)
+
+
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor | None,
+    blocks: BlockList | None,
+    left: int,
+    right: int,
+    scale: float,
+    bias: Tensor | None,
+    alibi: Tensor | None,
+    softcap: float | None,
+    sink: Tensor | None,
+    kernel: int,
+) -> bytes:
+    """The call as the library reads it; what it points to has to outlive it."""
+    (b, h, m, d), (g, n, e) = q.shape, v.shape[1:]
+    # The bias keeps a size of 1 where it is broadcast.
+    steps = () if bias is None else (0 if size == 1 else s for size, s in zip(bias.shape, bias.stride(), strict=True))
+    return native.pack_softmax(
+        *(0 if x is None else x.data_ptr() for x in (q, k, v, o, lse, bias, alibi, sink)),
+        *(
+            (0, 0, 0, 0)
+            if blocks is None
+            else (x.data_ptr() for x in (blocks.offsets, blocks.columns, blocks.pattern, blocks.patterns))
+        ),
+        *(b, h, g, m, n, d, e),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *o.stride()[:3],
+        *((0, 0, 0, 0) if bias is None else steps),
+        *(left, right),
+        *((1, 1) if blocks is None else (blocks.batches, blocks.heads)),
+        torch.get_num_threads(),
+        native.DTYPES[q.dtype],
+        kernel,
+        scale,
+        softcap or 0.0,
+    )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -171,10 +333,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _float32(x: Tensor | None) -> Tensor | None:
-    if x is None or (x.dtype == torch.float32 and (x.dim() == 4 or x.is_contiguous())):
-        return x
-    if x.dim() != 4:
-        return x.float().contiguous()
-    # Convert what is stored, not what it was broadcast to.
-    kept = x[tuple(slice(None, 1) if step == 0 else slice(None) for step in x.stride())]
-    return kept.float().expand(x.shape)
+    if x is None:
+        return None
+    if x.dim() == 4:
+        x = x[tuple(slice(None, 1) if step == 0 else slice(None) for step in x.stride())]
+    return x.float() if x.dim() == 4 else x.float().contiguous()
