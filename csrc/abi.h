@@ -30,6 +30,8 @@ extern "C" {
 #define ATTNKIT_BAD_KERNEL 4
 #define ATTNKIT_BAD_LEVEL 5
 #define ATTNKIT_SMALL_SCRATCH 6
+#define ATTNKIT_BAD_FORM 20
+#define ATTNKIT_BAD_PAGE 21
 
 #define ATTNKIT_FLOAT32 0
 #define ATTNKIT_BFLOAT16 1
@@ -51,6 +53,7 @@ ATTNKIT_EXPORT int32_t attnkit_set_level(int32_t level);
 #endif
 
 #include "abi/latent.h"
+#include "abi/cache.h"
 #include "abi/limits.h"
 #include "abi/linear.h"
 #include "abi/softmax.h"

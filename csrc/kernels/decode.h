@@ -1,16 +1,16 @@
 // Attention of few queries over a long cache: every key and value is read from memory once, for all rows of its KV head.
 //
-// The keys are cut into ranges by their number alone, so a row's result depends neither on the batch nor on the threads;
-// ranges are merged by their log-sum-exp.
+// The keys of a sequence are cut into ranges by their number alone, so a row's result depends neither on the batch nor on
+// the threads; ranges are merged by their log-sum-exp. A range is walked in tiles of 32 keys: products with all query rows,
+// weights, sum over values. Where a key lies is the Store's business (stores.h): it gives each tile the addresses of its 32
+// keys and values, straight in the cache or, where the cache is quantised, in a tile that it has just converted. So all
+// forms of a cache go through the same operations in the same order.
 
 // Short enough to keep two threads busy from 2,000 keys on with one KV head, long enough that merging costs nothing.
 constexpr int64_t kSplitKeys = 512;
 constexpr int64_t kMostSplits = 64;
 // Ranges of one KV head that a thread takes in a row, so that it can fetch the start of the next.
 constexpr int64_t kMostRun = 4;
-// Keys whose scores, weights and values are worked off together: few enough that what is fetched ahead, the values of the
-// same keys or the next keys, and what is in use fit any second cache many times.
-constexpr int64_t kWalkKeys = 32;
 constexpr int64_t kScoreRow = kBlockKeys + kWidth;  // room for the last chunk of keys to run over
 
 // Products of query and key rows, a vector of the row at a time.
@@ -22,7 +22,10 @@ struct RowProduct {
   static ATTNKIT_INLINE Loaded load_key(const T* p) { return load(p); }
   static ATTNKIT_INLINE Loaded load_key_first(const T* p, int count) { return load_first(p, count); }
   static ATTNKIT_INLINE Vec multiply_add(Vec c, const float* q, Loaded k) { return fma(load(q), k, c); }
-  static ATTNKIT_INLINE void store_query(float* to, const T* p, int count) { store(to, load_first(p, count)); }
+  template <class Asked>
+  static ATTNKIT_INLINE void store_query(float* to, const Asked* p, int count) {
+    store(to, load_first(p, count));
+  }
 };
 
 #if defined(ATTNKIT_BF16_DOT)
@@ -42,24 +45,38 @@ struct RowProduct<BFloat16> {
 };
 #endif
 
-template <class T>
+// One sequence of the batch: the call with the sequence's own number of keys, and the ranges those are cut into.
+struct Sequence {
+  attnkit_softmax s;
+  Range keys;  // that some query may see
+  int64_t split_keys, first_split, splits;
+
+  Sequence(const attnkit_softmax& call, int64_t n) : s(call) {
+    s.n = n;
+    split_keys = most(kSplitKeys, round_up(ceil_div(n, kMostSplits), kBlockKeys));
+    keys = {visible_range(s, 0).begin, visible_range(s, s.m - 1).end};
+    first_split = keys.begin / split_keys;
+    splits = keys.empty() ? 0 : ceil_div(keys.end, split_keys) - first_split;
+  }
+};
+
+template <class Store>
 class Decode {
-  using Product = RowProduct<T>;
+  using Asked = typename Store::Asked;
+  using Number = typename Store::Number;
+  using Product = RowProduct<Number>;
   using Query = typename Product::Query;
 
  public:
-  explicit Decode(const attnkit_softmax& call)
+  Decode(const attnkit_softmax& call, const Store& store)
       : s_(call),
-        logits_(call),
+        store_(store),
         // Heads that see different blocks cannot share a walk over them.
         heads_(call.mask_heads == 1 ? call.h / call.g : 1),
         rows_(heads_ * call.m),
         query_vectors_(ceil_div(call.d, Product::kNumbers)),
         value_columns_(round_up(call.e, kWidth)),
-        split_keys_(most(kSplitKeys, round_up(ceil_div(call.n, kMostSplits), kBlockKeys))),
-        keys_{visible_range(call, 0).begin, visible_range(call, call.m - 1).end},
-        first_split_(keys_.begin / split_keys_),
-        splits_(keys_.empty() ? 0 : ceil_div(keys_.end, split_keys_) - first_split_),
+        splits_(most_splits()),
         threads_(useful_threads(call, call.b * (call.h / heads_) * splits_)) {}
 
   int64_t scratch_bytes() const { return part_bytes() + threads_ * work_bytes(); }
@@ -73,10 +90,12 @@ class Decode {
       const Work work(*this, scratch + part_bytes() + thread_number() * work_bytes());
 #pragma omp for schedule(dynamic, run)
       for (int64_t task = 0; task < tasks; ++task) {
-        const int64_t walk = task / splits_;
+        const int64_t walk = task / splits_, split = task % splits_;
         const int64_t batch = walk / (s_.h / heads_), head = walk % (s_.h / heads_) * heads_;
-        attend(work, batch, head, task % splits_);
-        keep(work, parts, batch, head, task % splits_);
+        const Sequence sequence(s_, store_.length(batch));
+        if (split >= sequence.splits) continue;
+        attend(work, sequence, batch, head, split);
+        keep(work, parts, batch, head, split);
       }
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < s_.b * s_.h * s_.m; ++row) merge(work, parts, row);
@@ -92,6 +111,7 @@ class Decode {
     float* totals;    // rows_ of one vector
     float* tops;      // rows_
     uint64_t* words;  // one per query
+    Number* numbers;  // of a converted tile
     Work(const Decode& d, char* memory)
         : queries(reinterpret_cast<Query*>(memory)),
           scores(reinterpret_cast<float*>(queries + d.rows_ * d.query_vectors_ * kWidth)),
@@ -99,13 +119,20 @@ class Decode {
           sums(weights + d.rows_ * kScoreRow),
           totals(sums + d.rows_ * d.value_columns_),
           tops(totals + d.rows_ * kWidth),
-          words(reinterpret_cast<uint64_t*>(tops + round_up(d.rows_, 2))) {}
+          words(reinterpret_cast<uint64_t*>(tops + round_up(d.rows_, 2))),
+          numbers(reinterpret_cast<Number*>(words + round_up(d.s_.m, 8))) {}
   };
 
   int64_t work_bytes() const {
     return round_up(4 * rows_ * (query_vectors_ * kWidth + 2 * kScoreRow + value_columns_ + kWidth) +
-                        4 * round_up(rows_, 2) + 8 * s_.m,
+                        4 * round_up(rows_, 2) + 8 * round_up(s_.m, 8) +
+                        store_.tile_numbers() * static_cast<int64_t>(sizeof(Number)),
                     64);
+  }
+  int64_t most_splits() const {
+    int64_t found = 0;
+    for (int64_t batch = 0; batch < s_.b; ++batch) found = most(found, Sequence(s_, store_.length(batch)).splits);
+    return found;
   }
   // Sums, total and top of every row and range.
   int64_t part_floats() const { return value_columns_ + 2; }
@@ -114,9 +141,9 @@ class Decode {
     return parts + (((batch * s_.h + head) * s_.m + i) * splits_ + split) * part_floats();
   }
 
-  void attend(const Work& w, int64_t batch, int64_t head, int64_t split) const {
+  void attend(const Work& w, const Sequence& sequence, int64_t batch, int64_t head, int64_t split) const {
     for (int64_t r = 0; r < rows_; ++r) {
-      const T* q = static_cast<const T*>(s_.q) + batch * s_.q_b + (head + r / s_.m) * s_.q_h + r % s_.m * s_.q_m;
+      const Asked* q = static_cast<const Asked*>(s_.q) + batch * s_.q_b + (head + r / s_.m) * s_.q_h + r % s_.m * s_.q_m;
       for (int64_t j = 0; j < query_vectors_; ++j)
         Product::store_query(w.queries + (r * query_vectors_ + j) * kWidth, q + j * Product::kNumbers,
                              static_cast<int>(least(Product::kNumbers, s_.d - j * Product::kNumbers)));
@@ -125,51 +152,49 @@ class Decode {
     for (int64_t j = 0; j < rows_ * value_columns_; ++j) w.sums[j] = 0.0f;
     for (int64_t j = 0; j < rows_ * kWidth; ++j) w.totals[j] = 0.0f;
 
-    const int64_t start = (first_split_ + split) * split_keys_;
-    const KeyBlocks blocks(s_, batch, head, 0, {most(keys_.begin, start), least(keys_.end, start + split_keys_)});
+    const int64_t start = (sequence.first_split + split) * sequence.split_keys;
+    const Range keys = {most(sequence.keys.begin, start), least(sequence.keys.end, start + sequence.split_keys)};
+    const KeyBlocks blocks(sequence.s, batch, head, 0, keys);
     for (int64_t entry = blocks.entry; entry < blocks.entry_end; ++entry) {
       // What follows an interval's range is most likely this thread's next one.
       const bool known = entry + 1 < blocks.entry_end || !s_.offsets;
-      attend_block(w, batch, head, blocks.key_block(entry), blocks.words(entry),
-                   known ? blocks.key_block(entry + 1) * kBlockKeys : s_.n);
+      attend_block(w, sequence.s, batch, head, blocks.key_block(entry), blocks.words(entry),
+                   known ? blocks.key_block(entry + 1) * kBlockKeys : sequence.s.n);
     }
   }
 
   // `next_key` is the first key of the block after this one; n if there is none.
-  void attend_block(const Work& w, int64_t batch, int64_t head, int64_t key_block, const int64_t* words,
-                    int64_t next_key) const {
+  void attend_block(const Work& w, const attnkit_softmax& s, int64_t batch, int64_t head, int64_t key_block,
+                    const int64_t* words, int64_t next_key) const {
     uint64_t any = 0;
-    for (int64_t i = 0; i < s_.m; ++i) any |= w.words[i] = visible_word(s_, i, key_block, words);
+    for (int64_t i = 0; i < s.m; ++i) any |= w.words[i] = visible_word(s, i, key_block, words);
     if (any == 0) return;
     // Keys outside [begin, end) are not even read.
     const int64_t begin = __builtin_ctzll(any), end = kBlockKeys - __builtin_clzll(any);
     for (int64_t first = begin / kWalkKeys * kWalkKeys; first < end; first += kWalkKeys) {
       const int64_t after = first + kWalkKeys;
-      attend_keys(w, batch, head, key_block * kBlockKeys, most(begin, first), least(end, after),
+      attend_tile(w, s, batch, head, key_block * kBlockKeys, first, most(begin, first), least(end, after),
                   after < end ? key_block * kBlockKeys + after : next_key);
     }
   }
 
-  // Keys [begin, end) of the block that starts at `key`, at most kWalkKeys; those at `next_key` are read after them.
-  void attend_keys(const Work& w, int64_t batch, int64_t head, int64_t key, int64_t begin, int64_t end,
-                   int64_t next_key) const {
-    const int64_t group = head / (s_.h / s_.g);
-    const T* all_keys = static_cast<const T*>(s_.k) + batch * s_.k_b + group * s_.k_g;
-    const T* keys = all_keys + key * s_.k_n;
-    const T* values = static_cast<const T*>(s_.v) + batch * s_.v_b + group * s_.v_g + key * s_.v_n;
-
-    in_rows([&](auto rows, int64_t r) { score<rows.count>(w, keys, values, begin, end, r); });
+  // Keys [begin, end) of the block that starts at `key`, in the tile from `first` on; those at `next_key` come after them.
+  void attend_tile(const Work& w, const attnkit_softmax& s, int64_t batch, int64_t head, int64_t key, int64_t first,
+                   int64_t begin, int64_t end, int64_t next_key) const {
+    Tile<Number> tile;
+    store_.open(tile, w.numbers, batch, head / (s.h / s.g), key + first, begin - first, end - first, next_key, s.n);
+    in_rows([&](auto rows, int64_t r) { score<rows.count>(w, tile, begin, end, r); });
     uint64_t every = kAll;
-    for (int64_t i = 0; i < s_.m; ++i) every &= w.words[i];
-    for (int64_t r = 0; r < rows_; ++r) weigh(w, batch, head, key, begin, end, r);
+    for (int64_t i = 0; i < s.m; ++i) every &= w.words[i];
+    const Logits logits(s);
+    for (int64_t r = 0; r < rows_; ++r) weigh(w, logits, tile, batch, head, key, begin, end, r);
     const uint64_t read = bit_range(begin, end);
-    const bool hidden = s_.bias || (every & read) != read;
-    if (hidden && !finite(values, begin, end)) {
-      add_visible_values(w, values, begin, end);
+    const bool hidden = s.bias || (every & read) != read;
+    if (hidden && !finite(tile, begin, end)) {
+      add_visible_values(w, tile, begin, end);
     } else {
       in_rows([&](auto rows, int64_t r) {
-        const bool fetches = r == 0 && next_key < s_.n;
-        add_values<rows.count>(w, values, begin, end, r, fetches ? all_keys + next_key * s_.k_n : nullptr);
+        add_values<rows.count>(w, tile.values, begin, end, r, r == 0 ? tile.next : nullptr);
       });
     }
   }
@@ -194,21 +219,22 @@ class Decode {
   // processor does not guess that: whoever works on one fetches the other, a row at a time. Keys are read one after the
   // other, as they lie in memory: reading four at once halves what the processor fetches by itself.
   template <int kCount>
-  void score(const Work& w, const T* keys, const T* values, int64_t begin, int64_t end, int64_t r) const {
+  void score(const Work& w, const Tile<Number>& tile, int64_t begin, int64_t end, int64_t r) const {
     constexpr int kKeys = kWidth / kCount;
     const Query* queries = w.queries + r * query_vectors_ * kWidth;
     const int64_t query_row = query_vectors_ * kWidth, whole = s_.d / Product::kNumbers;
     const int tail = static_cast<int>(s_.d - whole * Product::kNumbers);
     for (int64_t c = begin; c < end; c += kKeys) {
-      const T* row[kKeys];
+      const int64_t last = (end - 1) % kWalkKeys;
+      const Number* row[kKeys];
 #pragma GCC unroll 16
-      for (int k = 0; k < kKeys; ++k) row[k] = keys + least(c + k, end - 1) * s_.k_n;
+      for (int k = 0; k < kKeys; ++k) row[k] = tile.keys[least(c % kWalkKeys + k, last)];
       Vec acc[kWidth];
 #pragma GCC unroll 16
       for (int j = 0; j < kWidth; ++j) acc[j] = zero();
 #pragma GCC unroll 16
       for (int k = 0; k < kKeys; ++k) {
-        if (r == 0) prefetch_row(values + (c + k) * s_.v_n, s_.e);
+        if (r == 0 && !Store::kConverts) prefetch_row(tile.values[least(c % kWalkKeys + k, last)], s_.e);
         for (int64_t j = 0; j < whole; ++j) {
           const auto x = Product::load_key(row[k] + j * Product::kNumbers);
 #pragma GCC unroll 4
@@ -234,25 +260,29 @@ class Decode {
   }
 
   // Logits, mask and weights of one row; as Prefill::weigh, the reference moves only when it must.
-  void weigh(const Work& w, int64_t batch, int64_t head, int64_t key, int64_t begin, int64_t end, int64_t r) const {
+  void weigh(const Work& w, const Logits& logits, const Tile<Number>& tile, int64_t batch, int64_t head, int64_t key,
+             int64_t begin, int64_t end, int64_t r) const {
     float* scores = w.scores + r * kScoreRow;
     float* weights = w.weights + r * kScoreRow;
     const int64_t from = begin / kWidth * kWidth, to = round_up(end, kWidth);
     const uint64_t word = w.words[r % s_.m];
-    if (!logits_.plain)
-      logits_.apply(scores + from, static_cast<int>((to - from) / kWidth), batch, head + r / s_.m, r % s_.m,
-                    key + from);
+    if constexpr (Store::kScales)
+      for (int64_t c = from; c < to; c += kWidth)
+        store(scores + c, load(scores + c) * load(tile.key_scale + c % kWalkKeys));
+    if (!logits.plain)
+      logits.apply(scores + from, static_cast<int>((to - from) / kWidth), batch, head + r / s_.m, r % s_.m,
+                   key + from);
     Vec peak = splat(-kInfinity);
     for (int64_t c = from; c < to; c += kWidth) {
       const Vec x = select(static_cast<Bits>(word >> c), load(scores + c), -kInfinity);
       store(scores + c, x);
       peak = max(peak, x);
     }
-    const Vec factor = splat(logits_.exponent);
+    const Vec factor = splat(logits.exponent);
     float top = w.tops[r];
     float* totals = w.totals + r * kWidth;
     if (any_above(peak * factor, top + kLateRescale)) {
-      const float risen = largest(peak) * logits_.exponent;
+      const float risen = largest(peak) * logits.exponent;
       if (top != -kInfinity) {
         const Vec shrink = splat(__builtin_exp2f(top - risen));
         float* sums = w.sums + r * value_columns_;
@@ -265,18 +295,20 @@ class Decode {
     Vec total = load(totals);
     for (int64_t c = from; c < to; c += kWidth) {
       const Vec x = exp2<5>(fma(load(scores + c), factor, shift));
-      store(weights + c, x);
       total = total + x;
+      store(weights + c, Store::kScales ? x * load(tile.value_scale + c % kWalkKeys) : x);
     }
     store(totals, total);
   }
 
-  // Adds the values of keys [begin, end), and fetches as many keys from `next` on, if it is given. Fetching past the last
-  // key does no harm.
+  // Adds the values of keys [begin, end), and fetches as many keys of `next`, if it is given.
   template <int kCount>
-  void add_values(const Work& w, const T* values, int64_t begin, int64_t end, int64_t r, const T* next) const {
+  void add_values(const Work& w, const Number* const* values, int64_t begin, int64_t end, int64_t r,
+                  const Number* const* next) const {
+    if (next && !next[0]) next = nullptr;
     int64_t column = 0;
-    for (; column + kStrip <= s_.e; column += kStrip) {
+    constexpr int64_t kColumns = kStripVectors * kWidth;
+    for (; column + kColumns <= s_.e; column += kColumns) {
       add_strip<kCount, kStripVectors>(w, values, begin, end, r, column, kWidth, next);
     }
     for (; column < s_.e; column += kWidth) {
@@ -286,8 +318,8 @@ class Decode {
 
   // `last` is the number of columns in the only vector of a narrow strip.
   template <int kCount, int kVectors>
-  void add_strip(const Work& w, const T* values, int64_t begin, int64_t end, int64_t r, int64_t column, int64_t last,
-                 const T* next) const {
+  void add_strip(const Work& w, const Number* const* values, int64_t begin, int64_t end, int64_t r, int64_t column,
+                 int64_t last, const Number* const* next) const {
     float* sums = w.sums + r * value_columns_ + column;
     const float* weights = w.weights + r * kScoreRow;
     Vec acc[kCount][kVectors];
@@ -299,8 +331,8 @@ class Decode {
     const int64_t stop = column + kVectors * kWidth;
     const int64_t part = (stop < s_.e ? least(stop, s_.d) : s_.d) - column;
     for (int64_t c = begin; c < end; ++c) {
-      if (next) prefetch_row(next + (c - begin) * s_.k_n + column, part);
-      const T* row = values + c * s_.v_n + column;
+      if (next) prefetch_row(next[c % kWalkKeys] + column, part);
+      const Number* row = values[c % kWalkKeys] + column;
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {
         const Vec x = kVectors > 1 ? load(row + j * kWidth) : load_some(row, last);
@@ -314,20 +346,22 @@ class Decode {
       for (int j = 0; j < kVectors; ++j) store(sums + i * value_columns_ + j * kWidth, acc[i][j]);
   }
 
-  bool finite(const T* values, int64_t begin, int64_t end) const {
+  bool finite(const Tile<Number>& tile, int64_t begin, int64_t end) const {
     Vec zeros_times_values = zero();
-    for (int64_t c = begin; c < end; ++c)
+    for (int64_t c = begin; c < end; ++c) {
+      const Vec scale = Store::kScales ? splat(tile.value_scale[c % kWalkKeys]) * zero() : zero();
       for (int64_t column = 0; column < s_.e; column += kWidth)
         zeros_times_values =
-            fma(load_some(values + c * s_.v_n + column, s_.e - column), zero(), zeros_times_values);
+            fma(load_some(tile.values[c % kWalkKeys] + column, s_.e - column), scale, zeros_times_values);
+    }
     return bits_unequal(zeros_times_values, 0.0f) == 0;
   }
 
   // For rows that must not touch some of these values, a NaN or an infinity: 0 times those is a NaN.
-  void add_visible_values(const Work& w, const T* values, int64_t begin, int64_t end) const {
+  void add_visible_values(const Work& w, const Tile<Number>& tile, int64_t begin, int64_t end) const {
     for (int64_t r = 0; r < rows_; ++r)
       for (int64_t c = begin; c < end; ++c)
-        if (w.scores[r * kScoreRow + c] != -kInfinity) add_values<1>(w, values, c, c + 1, r, nullptr);
+        if (w.scores[r * kScoreRow + c] != -kInfinity) add_values<1>(w, tile.values, c, c + 1, r, nullptr);
   }
 
   void keep(const Work& w, float* parts, int64_t batch, int64_t head, int64_t split) const {
@@ -342,12 +376,13 @@ class Decode {
   // All ranges of one row, always in the same order.
   void merge(const Work& w, float* parts, int64_t row) const {
     const int64_t i = row % s_.m, head = row / s_.m % s_.h, batch = row / s_.m / s_.h;
+    const int64_t splits = Sequence(s_, store_.length(batch)).splits;
     float top = -kInfinity, total = 0.0f;
-    for (int64_t split = 0; split < splits_; ++split)
+    for (int64_t split = 0; split < splits; ++split)
       top = most(top, part(parts, batch, head, i, split)[value_columns_]);
     const float reference = top == -kInfinity ? 0.0f : top;
     for (int64_t c = 0; c < value_columns_; ++c) w.sums[c] = 0.0f;
-    for (int64_t split = 0; split < splits_; ++split) {
+    for (int64_t split = 0; split < splits; ++split) {
       const float* from = part(parts, batch, head, i, split);
       const float factor = __builtin_exp2f(from[value_columns_] - reference);
       total += factor * from[value_columns_ + 1];
@@ -355,21 +390,18 @@ class Decode {
         store(w.sums + c, fma(splat(factor), load(from + c), load(w.sums + c)));
     }
     const RowEnd end(top, total, s_.sink ? s_.sink + head : nullptr);
-    T* o = static_cast<T*>(s_.o) + batch * s_.o_b + head * s_.o_h + i * s_.o_m;
+    Asked* o = static_cast<Asked*>(s_.o) + batch * s_.o_b + head * s_.o_h + i * s_.o_m;
     for (int64_t c = 0; c < s_.e; c += kWidth)
       store_some(o + c, load(w.sums + c) * splat(end.factor), least<int64_t>(kWidth, s_.e - c));
     if (s_.lse) s_.lse[row] = end.lse();
   }
 
-  const attnkit_softmax& s_;
-  const Logits logits_;
+  const attnkit_softmax& s_;     // with the longest sequence's n
+  const Store store_;
   const int64_t heads_;          // query heads that share a walk over the keys
   const int64_t rows_;           // heads_ * m
   const int64_t query_vectors_;
   const int64_t value_columns_;  // of one row of sums, whole vectors
-  const int64_t split_keys_;
-  const Range keys_;             // that some query may see
-  const int64_t first_split_;
-  const int64_t splits_;
+  const int64_t splits_;         // of the sequence with most ranges
   const int64_t threads_;
 };

@@ -39,6 +39,11 @@ struct LatentKernels {
   void (*forward)(const attnkit_latent&, char* scratch);
 };
 
+struct CacheKernels {
+  int64_t (*scratch_bytes)(const attnkit_cache&);
+  void (*forward)(const attnkit_cache&, char* scratch);
+};
+
 struct Level {
   const char* name;
   const LimitKernels& limits;
@@ -46,6 +51,7 @@ struct Level {
   const LinearKernels& linear;
   const SparseKernels& sparse;
   const LatentKernels& latent;
+  const CacheKernels& cache;
 };
 
 // The level that was chosen.

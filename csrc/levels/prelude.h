@@ -27,5 +27,6 @@ extern const SoftmaxKernels softmax;
 extern const LinearKernels linear;
 extern const SparseKernels sparse;
 extern const LatentKernels latent;
+extern const CacheKernels cache;
 }  // namespace ATTNKIT_LEVEL
 }  // namespace attnkit

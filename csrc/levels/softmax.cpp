@@ -13,6 +13,7 @@ namespace {
 #include "../kernels/threads.h"
 #include "../kernels/pack.h"
 #include "../kernels/prefill.h"
+#include "../kernels/stores.h"
 #include "../kernels/decode.h"
 #include "../kernels/backward.h"
 // clang-format on
@@ -27,9 +28,9 @@ using BFloat16Product = Float32Math;
 template <class F>
 auto with_kernel(const attnkit_softmax& s, F f) {
   if (s.kernel == ATTNKIT_DECODE) {
-    if (s.dtype == ATTNKIT_BFLOAT16) return f(Decode<BFloat16>(s));
-    if (s.dtype == ATTNKIT_FLOAT16) return f(Decode<Float16>(s));
-    return f(Decode<float>(s));
+    if (s.dtype == ATTNKIT_BFLOAT16) return f(Decode<Tensors<BFloat16>>(s, Tensors<BFloat16>(s)));
+    if (s.dtype == ATTNKIT_FLOAT16) return f(Decode<Tensors<Float16>>(s, Tensors<Float16>(s)));
+    return f(Decode<Tensors<float>>(s, Tensors<float>(s)));
   }
   if (s.dtype == ATTNKIT_BFLOAT16) return f(Prefill<BFloat16Product, BFloat16>(s));
   if (s.dtype == ATTNKIT_FLOAT16) return f(Prefill<Float32Math, Float16>(s));

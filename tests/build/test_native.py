@@ -74,6 +74,8 @@ def test_constants_match_the_header():
     assert {str(dtype): constants.pop(str(dtype).removeprefix("torch.").upper()) for dtype in native.DTYPES} == {
         str(dtype): number for dtype, number in native.DTYPES.items()
     }
+    names = {None: "PLAIN", "int8": "INT8", "fp8": "FP8", "int4": "INT4"}
+    assert {form: constants.pop(names[form]) for form in native.cache.FORMS} == native.cache.FORMS
     assert constants.pop("OK") == 0
     assert sorted(constants.values()) == sorted(native.ERRORS), "one sentence for each status code"
 

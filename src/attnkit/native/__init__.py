@@ -21,7 +21,7 @@ from typing import Any
 # First of all: the library then shares torch's OpenMP threads instead of starting its own.
 import torch
 
-from attnkit.native import linear, sparse
+from attnkit.native import linear, sparse, cache
 
 __all__ = [
     "BLOCK_KEYS",
@@ -89,6 +89,7 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     "attnkit_latent_forward": (c_int32, (c_char_p, c_void_p, c_int64)),
     "attnkit_softmax_backward_scratch_bytes": (c_int64, (c_char_p, c_char_p)),
     "attnkit_softmax_backward": (c_int32, (c_char_p, c_char_p, c_void_p, c_int64)),
+    **cache.FUNCTIONS,
     "attnkit_fma_gflops": (c_double, (c_int64, c_double)),
     "attnkit_bf16_dot_gflops": (c_double, (c_int64, c_double)),
     "attnkit_read_gigabytes": (c_double, (c_void_p, c_int64, c_int64, c_double)),
@@ -105,6 +106,12 @@ ERRORS = {
 
 _FORMATS: dict[Any, str] = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f"}
 STRUCTS = {"softmax": SOFTMAX_FIELDS, "linear": linear.FIELDS, **sparse.STRUCTS, "latent": LATENT_FIELDS, "softmax_gradients": SOFTMAX_GRADIENT_FIELDS}
+    6: "the scratch memory is too small",
+    **cache.ERRORS,
+}
+
+_FORMATS: dict[Any, str] = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f"}
+STRUCTS = {"softmax": SOFTMAX_FIELDS, "cache": cache.FIELDS}
 
 
 def _packer(fields: tuple[tuple[str, type], ...]) -> Callable[..., bytes]:
@@ -116,6 +123,7 @@ pack_linear = _packer(linear.FIELDS)
 pack_latent = _packer(LATENT_FIELDS)
 pack_mask_node, pack_block_list, pack_selected = map(_packer, sparse.STRUCTS.values())
 pack_softmax_gradients = _packer(SOFTMAX_GRADIENT_FIELDS)
+pack_cache = _packer(cache.FIELDS)
 
 
 @dataclass(frozen=True)
