@@ -45,7 +45,7 @@ SANITIZE := build/sanitize
 sanitize: ## the kernels' own tests under the sanitizers of memory, undefined behaviour and threads (minutes)
 	@command -v cmake >/dev/null || { echo "attnkit: make sanitize needs cmake and g++: apt-get install cmake g++"; exit 1; }
 	@cmake -S . -B $(SANITIZE) >/dev/null
-	@cmake --build $(SANITIZE) --parallel $(WORKERS) --target attnkit_tests_address attnkit_tests_thread
+	@MAKEFLAGS= cmake --build $(SANITIZE) --parallel $(WORKERS) --target attnkit_tests_address attnkit_tests_thread
 	@echo "attnkit: addresses and undefined behaviour, $(CALLS) random calls at each level"
 	@$(SANITIZE)/attnkit_tests_address --rounds $(CALLS)
 	@echo "attnkit: $(CALLERS) threads that call at once"
@@ -53,11 +53,11 @@ sanitize: ## the kernels' own tests under the sanitizers of memory, undefined be
 
 ARM := aarch64-linux-gnu
 neon: ## compile the kernels for ARM and run their tests on an emulated processor (minutes)
-	@command -v cmake $(ARM)-g++ qemu-aarch64 | grep -c . | grep -q 3 || { echo "attnkit: make neon needs cmake, Debian's \
-	cross compiler and an emulator: apt-get install cmake g++-$(ARM) qemu-user"; exit 1; }
+	@for tool in cmake $(ARM)-g++ qemu-aarch64; do command -v $$tool >/dev/null || \
+		{ echo "attnkit: make neon needs $$tool: apt-get install cmake g++-$(ARM) qemu-user"; exit 1; }; done
 	@cmake -S . -B build/neon -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 		-DCMAKE_CXX_COMPILER=$(ARM)-g++ >/dev/null
-	@cmake --build build/neon --parallel $(WORKERS) --target attnkit_tests
+	@MAKEFLAGS= cmake --build build/neon --parallel $(WORKERS) --target attnkit_tests
 	@qemu-aarch64 -L /usr/$(ARM) build/neon/attnkit_tests --rounds $$(($(CALLS) / 10 + 1))
 
 clean: ## remove the environment and everything built

@@ -1,7 +1,15 @@
 // The micro-kernel under both products: 6 rows times a strip of up to kStripVectors vectors, accumulated in registers.
 //
-// A product of q and k or of weights and v is the same loop over steps; what a step is depends on the arithmetic:
-// one float, or one pair of bf16 numbers for the dot-product instruction.
+// c (6, strip) += a (6, steps) * b (steps, strip). For every step: load the strip's vectors of b once, take one number of
+// each of the six rows of a, multiply and add. A product of q and k or of weights and v is this same loop; what a step is
+// depends on the arithmetic: one float, or one pair of bf16 numbers for the dot-product instruction.
+//
+// b is packed so that the loop reads straight on (see pack.h); a has a stride. Nothing is loaded or stored inside but
+// operands: sums enter and leave the registers once per strip, and row maxima are taken on the way out.
+//
+// Blocking: 6 x 4 vectors where there are 32 registers (24 accumulators, 4 of b, 1 of a), 6 x 2 where there are 16. On a
+// Zen 5 core 24 accumulators reach 490 to 500 GFLOP/s of bf16 dot products and 16 reach 467; the loop alone runs at
+// 98 % of the peak, at 94 to 96 % inside prefill.
 
 constexpr int kRows = 6;
 constexpr int kStrip = kStripVectors * kWidth;

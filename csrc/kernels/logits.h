@@ -1,4 +1,12 @@
-// From the products q.k of one row to its logits, where the call has more than a scale.
+// From the products q.k of one row to its logits, where the call has more than a scale; and the end of a row.
+//
+// A call without bias, ALiBi and soft-cap is `plain`: its products stay as they are, and the scale is part of the factor
+// that makes exponents of two of them, exp(scale * x) = 2^(x * scale * log2 e). All others get their logits in place, in
+// the order of the definition: scale, soft-cap, bias, ALiBi; their factor is log2 e. A bias is read where it lies: a
+// vector at a time when its keys are neighbours, one number at a time otherwise, and never past key n.
+//
+// A row is accumulated against a reference, its `top`: weights are 2^(x - top), and what was added before is multiplied by
+// 2^(old - new) when the top moves. It moves late (kLateRescale).
 
 // Rescaling a row's sums waits until its largest exponent has grown by this much; weights then stay below 2^8, and most
 // rows are rescaled once.

@@ -1,8 +1,14 @@
-// Keys and values of one KV head, laid out for the micro-kernel.
+// Keys and values of one KV head, laid out for the micro-kernel: once, for all query blocks and query heads of the group.
 //
 // Keys: blocks of 64, each as strips of kStrip keys, each strip step-major: [strip][step][kStrip], so that the loop over
-// steps reads straight on. Values: strips of kStrip columns over all keys, [strip][step][columns of the strip]; the last
-// strip keeps only the vectors it needs. Keys past n are zeros.
+// steps reads straight on. kWidth keys are loaded as rows, kWidth steps at a time, and transposed in registers. Values:
+// strips of kStrip columns over all keys, [strip][step][columns of the strip]; the last strip keeps only the vectors it
+// needs. Keys past n are zeros. With bf16 dot products a step is two numbers of a key, or two keys' values interleaved.
+//
+// A hidden weight is 0, and 0 times a NaN or an infinity is a NaN: packing notes which key blocks hold such values, so that
+// only tiles with them are worked off key by key.
+//
+// Blocking: 64 keys, the key block of masks. Packing is 2 to 3 % of a causal call with n = 1024 on a Zen 5 core, less beyond.
 
 template <class Math>
 struct PackedSizes {

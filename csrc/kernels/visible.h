@@ -1,5 +1,13 @@
 // Which keys a query may see: an interval around its position, and a block list. Both answer with one word per query
 // and block of 64 keys.
+//
+// Query i sits at position n - m + i and sees keys [position - left, position + right]. A block list names, for every block
+// of 48 queries, the blocks of 64 keys in which some query sees some key, in ascending order; each entry has 48 words of its
+// own, or none when everything in the block is visible. What both allow is visible. Blocks outside the interval are
+// skipped by two searches in the list, so the cost follows the blocks that are not empty.
+//
+// Blocking: 48 queries are eight groups of the micro-kernel's six rows; 64 keys are a machine word, and a whole number of
+// strips at every level.
 
 constexpr int64_t kBlockQueries = ATTNKIT_BLOCK_QUERIES;
 constexpr int64_t kBlockKeys = ATTNKIT_BLOCK_KEYS;
