@@ -29,6 +29,18 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="make ten to seventy times as many random calls (with --timeout=0)"
+    )
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether the long run is wanted."""
+    return bool(request.config.getoption("full"))
+
+
 def pytest_configure() -> None:
     if os.environ.get("ATTNKIT_REQUIRE_NATIVE") == "1" and not native.STATUS.available:
         pytest.exit(f"ATTNKIT_REQUIRE_NATIVE is set, but {native.STATUS.reason}", returncode=4)

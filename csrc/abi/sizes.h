@@ -13,7 +13,7 @@ constexpr int64_t kMostThreads = 1024;
 // Of one dimension, and of a product of dimensions, which may be larger than memory where strides are 0. A thousand threads
 // then still have room for hundreds of numbers for each row.
 constexpr double kMostSize = 0x1p40, kMostElements = 0x1p44;
-// Of one stride, also where it is never used because its dimension has size 1, and of one offset.
+// Of one stride, also where only the address of a row to fetch ahead is made from it, and of one offset. None is negative.
 constexpr double kMostStride = 0x1p48, kMostOffset = 0x1p56;
 // Of a distance between positions.
 constexpr int64_t kMostDistance = int64_t{1} << 62;
@@ -22,14 +22,14 @@ struct Dimension {
   int64_t size, stride;
 };
 
-// Whether an array has sizes of at least 0, and sizes, strides and offsets in range.
+// Whether the sizes, strides and offsets of an array are in range.
 inline bool in_range(std::initializer_list<Dimension> dimensions) {
   double elements = 1.0, offset = 0.0;
   for (const Dimension& dimension : dimensions) {
     const double size = static_cast<double>(dimension.size), stride = static_cast<double>(dimension.stride);
-    if (size < 0.0 || size > kMostSize || stride > kMostStride || stride < -kMostStride) return false;
+    if (size < 0.0 || size > kMostSize || stride < 0.0 || stride > kMostStride) return false;
     elements *= size > 1.0 ? size : 1.0;
-    offset += (size > 1.0 ? size : 1.0) * (stride < 0.0 ? -stride : stride);
+    offset += (size > 1.0 ? size : 1.0) * stride;
   }
   return elements <= kMostElements && offset <= kMostOffset;
 }

@@ -120,7 +120,7 @@ struct Layout {
     count = empty ? 0 : (batches - 1) * b + (heads - 1) * h + (rows - 1) * m + size;
     // The stride of a dimension of size 1 is never used, and torch leaves any number there.
     if (batches == 1 && below(8) == 0) b = int64_t{1} << 48;
-    if (rows == 1 && below(8) == 0) m = -(int64_t{1} << 48);
+    if (rows == 1 && below(8) == 0) m = int64_t{1} << 48;
   }
 };
 

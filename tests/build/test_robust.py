@@ -1,0 +1,315 @@
+"""The native kernels under calls nobody means well: each ends in a right answer or in one sentence, never in a signal.
+
+``csrc/tests`` does the same below Python, under the sanitizers: ``make sanitize``.
+"""
+
+from __future__ import annotations
+
+import mmap
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnkit
+from attnkit import native
+from attnkit.testing.budgets import assert_within
+
+pytestmark = pytest.mark.skipif(not native.STATUS.available, reason=native.STATUS.reason)
+
+LEVELS = pytest.mark.parametrize("level", native.STATUS.levels)
+DTYPES = pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+LENGTHS = (0, 1, 2, 5, 9, 48, 49, 64, 111, 300)
+SIZES = (1, 2, 3, 59, 64, 111, 128, 300, 576)
+PARTS = 20  # so that none of them takes minutes in the long run
+
+Arguments = dict[str, Any]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def attend(arguments: Arguments, backend: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp; floating arguments of the kernel's dtype are converted to ``dtype`` first."""
+
+    def converted(x: Any) -> Any:
+        return x.to(dtype) if dtype is not None and isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return attnkit.softmax_attention(
+        **{name: converted(x) for name, x in arguments.items()}, backend=backend, return_lse=True
+    )
+
+
+def assert_right(arguments: Arguments) -> None:
+    dtype = arguments["q"].dtype
+    got = attend(arguments)
+    gold = attend(arguments, "reference", torch.float64)
+    naive = attend(arguments, "reference")
+    for what, x, true, plain in zip(("o", "lse"), got, gold, naive, strict=True):
+        assert_within(x, true, plain, dtype, what=what)
+
+
+def stored(rng: random.Random, *shape: int, dtype: torch.dtype) -> Tensor:
+    """Random numbers of that shape in one of the layouts torch can give them."""
+    b, h, n, d = shape
+    kind = rng.randrange(7)
+    if kind == 0:
+        return torch.randn(b, n, h, d).to(dtype).transpose(1, 2)
+    if kind == 1:
+        return torch.randn(b, h, n, d + 5).to(dtype)[..., 3 : 3 + d]
+    if kind == 2:
+        return torch.randn(b, h, 2 * n, d).to(dtype)[:, :, ::2]
+    if kind == 3:
+        return torch.randn(b, h, n, 2 * d).to(dtype)[..., ::2]
+    if kind == 4:
+        ones = [1 if rng.random() < 0.5 else size for size in (b, h, n)]
+        return torch.randn(*ones, d).to(dtype).expand(b, h, n, d)
+    if kind == 5:  # strides of dimensions of size 1 are arbitrary
+        x = torch.randn(b, h, n, d).to(dtype)
+        return x.as_strided(
+            x.shape, [2**40 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
+        )
+    return torch.randn(b, h, n, d).to(dtype)
+
+
+def random_call(rng: random.Random) -> Arguments:
+    b, g, r = rng.choice((1, 1, 2, 3, 0)), rng.choice((1, 2)), rng.choice((1, 2, 3))
+    m, n, d, e = rng.choice(LENGTHS), rng.choice(LENGTHS), rng.choice(SIZES), rng.choice(SIZES)
+    h, dtype = g * r, rng.choice(list(native.DTYPES))
+
+    def maybe() -> bool:
+        return rng.random() < 0.3
+
+    masks: tuple[Any, ...] = (
+        None,
+        None,
+        attnkit.causal(),
+        attnkit.window(rng.choice((1, 7, 130))),
+        attnkit.dilated_window(5, 3),
+        torch.rand(m, n) < 0.5,
+        torch.rand(b, h, m, n) < 0.5,
+    )
+    bias = [1 if rng.random() < 0.5 else size for size in (b, h, m, n)]
+    return {
+        "q": stored(rng, b, h, m, d, dtype=dtype),
+        "k": stored(rng, b, g, n, d, dtype=dtype),
+        "v": stored(rng, b, g, n, e, dtype=dtype),
+        "mask": rng.choice(masks),
+        "scale": rng.choice((None, None, 1.0, 0.0, -0.5)),
+        "bias": torch.randn(bias).to(dtype) if maybe() else None,
+        "alibi": torch.rand(h) if maybe() else None,
+        "softcap": 3.0 if maybe() else None,
+        "sink": torch.randn(h) if maybe() else None,
+    }
+
+
+def spoil(rng: random.Random, call: Arguments) -> None:
+    """Make one thing wrong with a call."""
+    q, k, v = (call[name] for name in "qkv")
+    name = rng.choice("qkv")
+    wrong: tuple[Callable[[], Arguments], ...] = (
+        lambda: {"k": torch.cat([k, k[..., :1]], 3)},
+        lambda: {"v": torch.cat([v, v[:, :, :1], v.new_zeros(*v.shape[:2], 1, v.shape[3])], 2)},
+        lambda: {name: call[name][0] if len(call[name]) else call[name].flatten(0, 1)},
+        lambda: {name: call[name].double()},
+        lambda: {name: call[name].int()},
+        lambda: {"q": q.double(), "k": k.double(), "v": v.double()},
+        lambda: {"k": torch.cat([k, k, k, k, k, k, k], 1), "v": torch.cat([v, v, v, v, v, v, v], 1)},
+        lambda: {"q": q.new_zeros(*q.shape[:3], 577), "k": k.new_zeros(*k.shape[:3], 577)},
+        lambda: {"q": q[..., :0], "k": k[..., :0]},
+        lambda: {"v": v[..., :0]},
+        lambda: {"mask": torch.ones(q.shape[2] + 1, k.shape[2], dtype=torch.bool)},
+        lambda: {"mask": torch.ones(q.shape[2], k.shape[2])},
+        lambda: {"sink": torch.zeros(q.shape[1] + 1)},
+        lambda: {"alibi": torch.zeros(1, q.shape[1], 2)},
+        lambda: {"bias": torch.zeros(q.shape[0] + 2, q.shape[1], q.shape[2], k.shape[2])},
+        lambda: {"softcap": -1.0},
+        lambda: {"q": q.to("meta")},
+    )
+    call.update(rng.choice(wrong)())
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_call_ends_in_an_answer_or_a_sentence(part: int, full: bool) -> None:
+    for seed in range(1000 if full else 15):
+        rng = random.Random(f"{part} {seed}")
+        torch.manual_seed(rng.randrange(2**31))
+        call = random_call(rng)
+        bad = rng.random() < 0.3
+        if bad:
+            spoil(rng, call)
+        try:
+            with threads(rng.choice((1, 2))), native.use_level(rng.choice(native.STATUS.levels)):
+                if not bad:
+                    assert_right(call)
+                    continue
+                with pytest.raises((ValueError, TypeError, NotImplementedError)) as refusal:
+                    attend(call)
+        except BaseException:
+            print(
+                f"seed {seed}:",
+                {name: (x.shape, x.stride()) if isinstance(x, Tensor) else x for name, x in call.items()},
+            )
+            raise
+        # A named backend that cannot run a call says so in a line of its own.
+        assert str(refusal.value).strip().count("\n") == isinstance(refusal.value, NotImplementedError), refusal.value
+
+
+def test_the_library_refuses_what_would_overflow() -> None:
+    fields = [name for name, _ in native.SOFTMAX_FIELDS]
+    x = torch.ones(64)
+    good = dict.fromkeys(fields, 0) | {name: x.data_ptr() for name in ("q", "k", "v", "o")}
+    good |= dict.fromkeys(("b", "h", "g", "m", "n", "d", "e", "mask_batches", "mask_heads", "threads"), 1) | {
+        "scale": 1.0
+    }
+    native.run("softmax_forward", native.pack_softmax(*good.values()))
+    for wrong in (
+        {"n": -1},
+        {"n": 2**62},
+        {"m": 2**33, "b": 2**33},
+        {"q_b": 2**62},
+        {"v_n": -(2**63)},
+        {"threads": 2**31},
+        {"k": 0},
+        {"left": 2**63 - 1},
+        {"dtype": 9},
+        {"kernel": 2},
+    ):
+        with pytest.raises(RuntimeError, match="the native kernel softmax_forward refused a call: "):
+            native.run("softmax_forward", native.pack_softmax(*(good | wrong).values()))
+
+
+@pytest.mark.parametrize("queries", [2, 60])
+@DTYPES
+def test_offsets_have_64_bits(queries: int, dtype: torch.dtype) -> None:
+    """Rows, heads and batches that lie further apart than 32 bits count, in memory of which only a few pages exist."""
+    numbers = 9 * 2**30
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    with mmap.mmap(-1, numbers * 4, flags=flags) as memory:
+        wide = torch.frombuffer(memory, dtype=dtype, count=numbers)
+        torch.manual_seed(0)
+        for axis in (0, 1, 2):
+            shape = {0: (3, 2, 9, 40), 1: (1, 3, 9, 40), 2: (1, 2, 3, 40)}[axis]
+            strides = [shape[1] * shape[2] * 40, shape[2] * 40, 40, 1]
+            strides[axis] = 2**32 + 40  # 32 bits alone would read the number 40 places on
+            x = torch.randn(3, *shape).to(dtype)
+            q = torch.randn(shape[0], shape[1], queries, 40).to(dtype)
+            call = {"q": q}
+            for i, name in enumerate("kv"):
+                far = wide.as_strided(shape, strides, 100_000 * i)
+                far.copy_(x[i])
+                call[name] = far
+            if axis != 2:
+                far = wide.as_strided(q.shape, [*strides[:2], 40, 1][:4], 200_000)
+                if axis == 0:
+                    far = wide.as_strided(q.shape, [strides[0], queries * 40, 40, 1], 200_000)
+                far.copy_(q)
+                call["q"] = far
+            got = attend(call)
+            near = attend({name: t.contiguous() for name, t in call.items()})
+            assert all(a.equal(b) for a, b in zip(got, near, strict=True)), f"axis {axis}"
+            assert_right({name: t.contiguous() for name, t in call.items()})
+            del far, call
+        del wide
+
+
+@LEVELS
+@DTYPES
+@pytest.mark.parametrize("queries", [1, 5, 60])
+def test_fifty_repeats_have_the_same_bits(level: str, dtype: torch.dtype, queries: int) -> None:
+    """Of a row alone, and in a batch of any size at any place, with one thread and with two."""
+    rng = random.Random(0)
+    q, k, v = (torch.randn(4, heads, n, 59).to(dtype) for heads, n in ((4, queries), (2, 700), (2, 700)))
+    with native.use_level(level):
+        alone = attend({"q": q[:1], "k": k[:1], "v": v[:1], "mask": attnkit.causal()})
+        for _ in range(50):
+            order = rng.sample(range(4), rng.randrange(1, 5))
+            order = order if 0 in order else [*order, 0]
+            with threads(rng.choice((1, 2))):
+                got = attend({"q": q[order], "k": k[order], "v": v[order], "mask": attnkit.causal()})
+            place = order.index(0)
+            assert all(x[place].equal(y[0]) for x, y in zip(got, alone, strict=True))
+
+
+@DTYPES
+def test_threads_may_call_at_once(dtype: torch.dtype) -> None:
+    """While the calls of others run, and while another level is chosen again and again."""
+    calls: list[Arguments] = []
+    for queries in (1, 3, 50, 130):
+        q, k, v = (torch.randn(2, heads, n, 64).to(dtype) for heads, n in ((4, queries), (2, 300), (2, 300)))
+        calls.append({"q": q, "k": k, "v": v, "mask": attnkit.causal()})
+    expected = {}
+    for level in native.STATUS.levels:
+        with native.use_level(level):
+            expected[level] = [attend(call)[0] for call in calls]
+
+    def work(number: int) -> None:
+        torch.set_num_threads(1 + number % 2)
+        for _ in range(30):
+            assert attend(calls[number])[0].equal(expected[native.STATUS.level][number])
+
+    def restless(number: int) -> int:
+        done = 0
+        for _ in range(30):
+            try:
+                got = attend(calls[number])[0]
+            except RuntimeError as refusal:  # the level changed between the two halves of a call
+                assert "the scratch memory is too small" in str(refusal)
+            else:
+                done += any(got.equal(expected[level][number]) for level in native.STATUS.levels)
+                assert done, "the result of no level"
+        return done
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        with native.use_level(native.STATUS.level):
+            list(pool.map(work, range(len(calls))))
+        before = native.get_level()
+        try:
+            running = [pool.submit(restless, number) for number in range(len(calls))]
+            while not all(future.done() for future in running):
+                for level in native.STATUS.levels:
+                    native.set_level(level)
+            assert all(future.result() for future in running)
+        finally:
+            native.set_level(before)
+
+
+@LEVELS
+@DTYPES
+@pytest.mark.parametrize("queries", [2, 60])
+@pytest.mark.parametrize("special", [float("inf"), -float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("where", "qkv")
+def test_specials_are_where_the_reference_has_them(
+    level: str, dtype: torch.dtype, queries: int, special: float, where: str
+) -> None:
+    call: Arguments = {name: torch.randn(1, 2, n, 20).to(dtype) for name, n in (("q", queries), ("k", 100), ("v", 100))}
+    call[where][0, 1, 1, 3] = special
+    for mask in (None, attnkit.causal(), torch.arange(100).expand(queries, 100) % 7 > 1):  # the last one hides key 1
+        with native.use_level(level):
+            assert_right(call | {"mask": mask})
+
+
+@LEVELS
+@DTYPES
+@pytest.mark.parametrize("queries", [2, 60])
+def test_smallest_numbers(level: str, dtype: torch.dtype, queries: int) -> None:
+    """Subnormal inputs, among others and alone."""
+    tiny = torch.finfo(dtype).smallest_normal
+    q, k, v = (torch.randn(1, 2, n, 20) for n in (queries, 100, 100))
+    with native.use_level(level):
+        k[:, :, ::2] *= tiny / 4
+        v[:, :, 1::2] *= tiny / 4
+        assert_right({"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype)})
+        assert_right({"q": q.to(dtype), "k": (k * tiny).to(dtype), "v": v.to(dtype)})
