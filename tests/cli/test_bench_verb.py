@@ -24,14 +24,14 @@ KINDS = ["run", "limits", "kernel", "kernel"]
 def case(floor: float = 0.0, **changes: Any) -> bench.Case:
     made = {
         "id": "K1",
+        "suite": "softmax",
         "mechanism": "softmax",
         "model": "a toy",
         "sizes": Sizes(h=4, g=2, m=96, n=96, d=16, e=16),
         "dtype": "float32",
         "mask": "causal()",
         "limit": "fma",
-        "floor_ratio": floor,
-        "floor_share": None,
+        "floors": bench.Floors(ratio=floor),
         "quick": True,
     }
     return bench.Case(**(made | changes))
@@ -41,7 +41,7 @@ def case(floor: float = 0.0, **changes: Any) -> bench.Case:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tiny cases in place of the real ones, and no minimum time."""
     decode = case(id="K5", sizes=Sizes(h=4, g=2, m=1, n=200, d=16, e=16), mask=None, limit="read", dtype="bfloat16")
-    monkeypatch.setattr(bench, "cases", lambda ids=(), quick=False: (case(), decode))
+    monkeypatch.setattr(bench, "cases", lambda ids=(), quick=False, suite=(): (case(), decode))
     monkeypatch.setattr(timing, "SECONDS", 0.0)
     monkeypatch.setattr(probes, "BUFFER_BYTES", 1 << 20)
     monkeypatch.setattr(probes, "PROBE_SECONDS", 0.001)
@@ -119,12 +119,12 @@ def test_a_narrow_terminal_leaves_out_what_it_can(run: Any, tmp_path: Path, monk
     monkeypatch.setattr("attnkit.cli.bench.console", lambda **options: console(width=80))
     narrow = run("bench", "--show", path).out
     assert "a toy" in wide and "a toy" not in narrow
-    assert "x torch" in wide and "x torch" in narrow
+    assert "ratio" in wide and "ratio" in narrow
     assert max(map(len, narrow.splitlines())) <= 80
 
 
 def test_a_missed_floor_fails_only_when_asked(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "cases", lambda ids=(), quick=False: (case(floor=1e9),))
+    monkeypatch.setattr(bench, "cases", lambda ids=(), quick=False, suite=(): (case(floor=1e9),))
     done = run("bench", "--quick")
     assert done.code == 0 and "missed" in done.out
     assert run("bench", "--quick", "--check").code == 1

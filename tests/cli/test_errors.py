@@ -28,7 +28,7 @@ ERRORS = {
     "window": (["mask", "window(0)"], "size is 0"),
     "astronomic sizes": (["explain", "softmax", "--h", str(10**15)], "2**48"),
     "memory": (["mask", "bigbird(1073741824, 1)"], "memory"),
-    "figure": (["bench", "--only", "K99"], "K1, K2, K5"),
+    "figure": (["bench", "--only", "K99"], "K1, K2, K3"),
     "threads": (["bench", "--threads", "0"], "--threads"),
     "missing file": (["bench", "--show", "no/such/file.jsonl"], "no/such/file.jsonl"),
     "row": (["compare", "--mechanisms", "mhaa"], "mhaa"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from attnkit import bench, native
-from attnkit.bench import host, memory, probes, sizes, timing
+from attnkit.bench import checks, host, memory, probes, sizes, timing
 from attnkit.mechanisms.softmax import cpu
 from attnkit.registry import get
 
@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 needs_native = pytest.mark.skipif(not native.STATUS.available, reason=f"no limits: {native.STATUS.reason}")
 RESULT = bench.Result(
     id="K1",
+    suite="softmax",
+    peer="SDPA",
     work="prefill",
     model="a toy",
     threads=2,
@@ -26,16 +28,16 @@ RESULT = bench.Result(
     others=0.0,
     spread=0.01,
     ours_ms=1.0,
-    sdpa_ms=3.0,
-    flex_ms=None,
+    peer_ms=3.0,
     rate=300.0,
     unit="GFLOP/s",
     limit=400.0,
     ratio=3.0,
     share=0.75,
     floor_ratio=3.0,
+    floor_most=None,
     floor_share=0.75,
-    wrong=None,
+    floor_exponent=None,
 )
 
 
@@ -44,15 +46,52 @@ def test_the_sizes_beside_the_results_are_those_of_the_package() -> None:
 
 
 def test_floors() -> None:
-    floors = {(case.id, case.dtype, case.limit, case.floor_ratio) for case in bench.cases()}
-    assert floors == {
-        ("K1", "float32", "fma", 2.2),
-        ("K2", "bfloat16", "dot", 4.0),
-        ("K5", "float32", "read", 3.0),
-        ("K5", "bfloat16", "read", 20.0),
+    """Those of our plan, by figure, type and whether the backward counts."""
+    ratios = {(c.id, c.dtype, c.backward, c.floors.ratio) for c in bench.cases() if c.floors.ratio is not None}
+    assert ratios == {
+        ("K1", "float32", False, 2.2),
+        ("K2", "bfloat16", False, 4.0),
+        ("K3", "float16", False, 2.0),
+        ("K3", "float16", True, 6.0),
+        ("K4", "float32", True, 1.8),
+        ("K4", "bfloat16", True, 2.5),
+        ("K5", "float32", False, 3.0),
+        ("K5", "bfloat16", False, 20.0),
+        ("K8", "bfloat16", False, 1.6),
+        ("K8", "bfloat16", False, 2.3),
+        ("K8", "bfloat16", False, 1.5),
+        ("K11", "bfloat16", False, 2.5),
+        ("K12", "float32", False, 5.0),
+        ("K12", "float32", True, 10.0),
+        ("K13", "bfloat16", False, 4.0),
     }
-    shares = {(case.id, case.floor_share) for case in bench.cases() if case.floor_share is not None}
-    assert shares == {("K1", 0.75), ("K2", 0.65), ("K5", 0.8)}
+    most = {(case.id, case.floors.most) for case in bench.cases() if case.floors.most is not None}
+    assert most == {("K3", 1.3), ("K7", 1.08), ("K9", 1.3), ("K10", 1.4)}
+    shares = {(case.id, case.floors.share) for case in bench.cases() if case.floors.share is not None}
+    assert shares == {("K1", 0.75), ("K2", 0.65), ("K5", 0.8), ("K6", 0.8), ("K11", 0.6)}
+    assert {case.title for case in bench.cases() if case.floors.exponent} == {
+        "retention", "gla", "deltanet", "gated deltanet", "kda",
+    }  # fmt: skip
+
+
+def test_every_floor_is_judged_somewhere_and_a_floor_of_a_ratio_has_a_peer() -> None:
+    for case in bench.cases():
+        if case.floors.ratio is not None or case.floors.most is not None:
+            assert case.peer is not None
+        assert case.floors.ratio is None or case.floors.most is None
+    for figure in {case.id for case in bench.cases()}:
+        judged = [case.floors for case in bench.cases([figure])]
+        assert any(one.ratio or one.most or one.share for one in judged)
+
+
+def test_a_part_of_the_work_is_its_share_of_visible_pairs() -> None:
+    windows, blocks = bench.cases(["K9"]), bench.cases(["K10"])
+    n = 32768
+    for case, size in zip(windows, (128, 1024, 4096), strict=True):
+        pairs = size * (size + 1) // 2 + (n - size) * size
+        assert case.part == pytest.approx(pairs / (n * (n + 1) / 2), rel=1e-6)
+    assert [case.part for case in blocks] == pytest.approx([0.02, 0.1, 0.5, 0.1], rel=0.1)
+    assert {case.part for case in bench.cases() if case.floors.most is None} == {1.0}
 
 
 def test_prefill_covers_masks_head_sizes_and_lengths() -> None:
@@ -70,32 +109,38 @@ def test_decoding_covers_the_lengths_and_judges_the_share_at_one() -> None:
     chosen = bench.cases(["K5"])
     assert all(case.decodes and (case.sizes.h, case.sizes.g, case.sizes.d) == (32, 8, 128) for case in chosen)
     assert {4096, 32768, 65536} <= {case.sizes.n for case in chosen}
-    assert {case.sizes.n for case in chosen if case.floor_share is not None} == {32768}
+    assert {case.sizes.n for case in chosen if case.floors.share is not None} == {32768}
 
 
 def test_every_size_says_whose_it_is_and_every_figure_has_a_quick_one() -> None:
     assert all(case.model for case in bench.cases())
     quick = bench.cases(quick=True)
     assert {case.id for case in quick} == {case.id for case in bench.cases()}
-    assert sum(case.expected_seconds for case in quick) < 20
+    assert sum(case.expected_seconds for case in quick) < 90
+    assert sum(case.expected_seconds for case in bench.cases()) < 720
     assert all(case.quick for case in quick) and len(quick) < len(bench.cases())
 
 
 def test_figures_are_chosen_by_name() -> None:
     assert {case.id for case in bench.cases(["K5", "K1"])} == {"K1", "K5"}
-    with pytest.raises(ValueError, match="no figure 'K3': name some of K1, K2, K5"):
-        bench.cases(["K3"])
+    with pytest.raises(ValueError, match="no figure 'K99': name some of K1, K2, K3"):
+        bench.cases(["K99"])
+    assert {case.id for case in bench.cases(suite=["latent", "sparse"])} == {"K11", "K13"}
+    with pytest.raises(ValueError, match="no suite 'dense': name some of softmax, decode, latent, linear, sparse"):
+        bench.cases(suite=["dense"])
 
 
 def test_work_in_words() -> None:
-    words = [case.work for case in bench.cases(quick=True)]
+    words = [case.work for case in bench.cases()]
     assert "prefill causal fp32 h9/3 d64 n2048" in words
     assert "decode bf16 h32/8 d128 n32768" in words
-    assert len(set(words)) == len(words)
+    assert "kda train fp32 h8 d64 n16384" in words and "nsa bf16 h16/1 d192/128 m1024 n32768" in words
+    assert len({(case.id, case.work) for case in bench.cases()}) == len(words)
+    assert bench.split("decode bf16 h32/8 d128 n32768") == ("decode bf16 h32/8 d128", 32768)
 
 
 def test_costs_are_the_textbook_ones() -> None:
-    for case in bench.cases():
+    for case in bench.cases(["K1", "K2", "K5"]):
         s, itemsize = case.sizes, getattr(torch, case.dtype).itemsize
         pairs = s.m * s.n if case.mask is None or case.decodes else s.n * (s.n + 1) // 2
         assert case.cost().flops == 4 * s.h * pairs * s.d
@@ -111,8 +156,12 @@ def test_costs_are_the_textbook_ones() -> None:
         ({"share": 0.74}, False),
         ({"share": 0.1, "floor_share": None}, True),
         ({"wrong": "off by one", "ratio": None, "share": None}, False),
+        ({"ratio": 1.3, "floor_ratio": None, "floor_most": 1.3}, True),
+        ({"ratio": 1.31, "floor_ratio": None, "floor_most": 1.3}, False),
+        ({"ratio": None, "floor_ratio": None}, True),
+        ({"ours_ms": None, "share": None, "ratio": None, "refused": "there is no kernel"}, False),
     ],
-    ids=["just", "slower", "less of the limit", "share not judged", "wrong"],
+    ids=["just", "slower", "less of the limit", "share not judged", "wrong", "at most", "too much", "alone", "refused"],
 )
 def test_a_row_holds_when_it_is_right_and_no_floor_is_missed(changes: dict[str, Any], holds: bool) -> None:
     result = dataclasses.replace(RESULT, **changes)
@@ -121,18 +170,18 @@ def test_a_row_holds_when_it_is_right_and_no_floor_is_missed(changes: dict[str, 
 
 
 def test_lines_are_rounded_to_what_a_noisy_machine_can_say() -> None:
-    line = dataclasses.replace(RESULT, ours_ms=1.23456789, sdpa_ms=12345.6789).line()
-    assert (line["ours_ms"], line["sdpa_ms"]) == (1.235, 12350.0)
+    line = dataclasses.replace(RESULT, ours_ms=1.23456789, peer_ms=12345.6789).line()
+    assert (line["ours_ms"], line["peer_ms"]) == (1.235, 12350.0)
 
 
 @needs_native
 def test_the_check_sees_a_kernel_that_is_slightly_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = bench.cases(["K2"], quick=True)[0], bench.cases(["K5"], quick=True)[-1]
     assert [case.dtype for case in chosen] == ["bfloat16", "bfloat16"]
-    assert all(timing.check(case) is None for case in chosen)
+    assert all(checks.check(case) is None for case in chosen)
     right = cpu.forward
     monkeypatch.setattr(cpu, "forward", lambda **call: right(**call | {"scale": call["scale"] * 1.01}))
-    assert all(timing.check(case) is not None for case in chosen)
+    assert all(checks.check(case) is not None for case in chosen)
 
 
 @needs_native

@@ -29,7 +29,7 @@ from attnkit.compare.setups import Setup, Shape, Stage, TaskSetup, TextSetup, Tr
 from attnkit.compare.tasks import Exam
 
 if __name__ == "__main__":
-    bench.cases = lambda quick: ()
+    bench.cases = lambda ids, quick: ()
     bench.limits = lambda: bench.Limits({1: 1.0}, None, {1: 1.0})
     host.commit = lambda: "the same before and after a kill"
     shape = Shape(width=32, layers=2, heads=2, hidden=64, window=8)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from attnkit.bench.results import upgraded
 from attnkit.report.noise import SMALLEST_TIMING
 
 Line = Mapping[str, Any]
@@ -301,11 +302,12 @@ def _speed(line: Line) -> Speed:
 
 
 def _kernel(line: Line) -> Kernel:
+    line = upgraded(dict(line))
     return Kernel(
         id=str(line["id"]),
         work=str(line["work"]),
         ours_ms=float(line["ours_ms"]),
-        sdpa_ms=float(line["sdpa_ms"]),
+        sdpa_ms=float(line["peer_ms"]),
         ratio=_finite(line["ratio"]),
         share=_finite(line["share"]),
         floor_ratio=_finite(line.get("floor_ratio")),
