@@ -79,9 +79,7 @@ def build(mask: Mask, m: int, n: int, block_q: int, block_k: int) -> tuple[Tenso
     kept = np.frombuffer(nodes, dtype=np.uint8)
     found = torch.zeros(2, dtype=torch.int64)
     sizes = (len(program.nodes), mask.batches, mask.heads, m, n, block_q, block_k)
-    native.run(
-        "block_bounds", native.pack_block_list(kept.ctypes.data, *(0,) * 5, found.data_ptr(), *sizes, 0, 0, 0)
-    )
+    native.run("block_bounds", native.pack_block_list(kept.ctypes.data, *(0,) * 5, found.data_ptr(), *sizes, 0, 0, 0))
     entries, partial = found.tolist()
     offsets = torch.empty(mask.batches * mask.heads * -(-m // block_q) + 1, dtype=torch.int64)
     columns, pattern = (torch.empty(entries, dtype=torch.int32) for _ in range(2))

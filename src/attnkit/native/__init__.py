@@ -21,7 +21,7 @@ from typing import Any
 # First of all: the library then shares torch's OpenMP threads instead of starting its own.
 import torch
 
-from attnkit.native import linear, sparse, cache
+from attnkit.native import cache, latent, linear, sparse
 
 __all__ = [
     "BLOCK_KEYS",
@@ -59,13 +59,6 @@ SOFTMAX_FIELDS: tuple[tuple[str, type], ...] = (
     ("softcap", c_float),
 )
 
-LATENT_FIELDS: tuple[tuple[str, type], ...] = (
-    *((name, c_void_p) for name in ("q", "latent", "kv_b", "o")),
-    *((name, c_int64) for name in ("b", "h", "g", "m", "n", "nope", "r", "c", "e")),
-    *((name, c_int64) for name in ("q_b", "q_h", "q_m", "latent_b", "latent_g", "latent_n", "kv_b_h", "kv_b_row")),
-    *((name, c_int64) for name in ("o_b", "o_h", "o_m", "left", "right", "threads")),
-    ("dtype", c_int32),
-    ("scale", c_float),
 SOFTMAX_GRADIENT_FIELDS: tuple[tuple[str, type], ...] = (
     *((name, c_void_p) for name in ("d_o", "d_lse", "d_q", "d_k", "d_v", "d_bias", "d_sink")),
     *((name, c_int64) for name in ("d_o_b", "d_o_h", "d_o_m", "d_bias_b", "d_bias_h", "d_bias_m", "d_bias_n")),
@@ -83,13 +76,12 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     "attnkit_set_level": (c_int32, (c_int32,)),
     "attnkit_softmax_forward_scratch_bytes": (c_int64, (c_char_p,)),
     "attnkit_softmax_forward": (c_int32, (c_char_p, c_void_p, c_int64)),
-    **linear.FUNCTIONS,
-    **sparse.FUNCTIONS,
-    "attnkit_latent_forward_scratch_bytes": (c_int64, (c_char_p,)),
-    "attnkit_latent_forward": (c_int32, (c_char_p, c_void_p, c_int64)),
     "attnkit_softmax_backward_scratch_bytes": (c_int64, (c_char_p, c_char_p)),
     "attnkit_softmax_backward": (c_int32, (c_char_p, c_char_p, c_void_p, c_int64)),
     **cache.FUNCTIONS,
+    **latent.FUNCTIONS,
+    **linear.FUNCTIONS,
+    **sparse.FUNCTIONS,
     "attnkit_fma_gflops": (c_double, (c_int64, c_double)),
     "attnkit_bf16_dot_gflops": (c_double, (c_int64, c_double)),
     "attnkit_read_gigabytes": (c_double, (c_void_p, c_int64, c_int64, c_double)),
@@ -102,16 +94,18 @@ ERRORS = {
     4: "the decode kernel takes at most 48 queries with a block list",
     5: "the instruction level is not built or does not run on this processor",
     6: "the scratch memory is too small or does not start at a multiple of 64 bytes",
-}
-
-_FORMATS: dict[Any, str] = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f"}
-STRUCTS = {"softmax": SOFTMAX_FIELDS, "linear": linear.FIELDS, **sparse.STRUCTS, "latent": LATENT_FIELDS, "softmax_gradients": SOFTMAX_GRADIENT_FIELDS}
-    6: "the scratch memory is too small",
     **cache.ERRORS,
 }
 
 _FORMATS: dict[Any, str] = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f"}
-STRUCTS = {"softmax": SOFTMAX_FIELDS, "cache": cache.FIELDS}
+STRUCTS = {
+    "softmax": SOFTMAX_FIELDS,
+    "softmax_gradients": SOFTMAX_GRADIENT_FIELDS,
+    "cache": cache.FIELDS,
+    "latent": latent.FIELDS,
+    "linear": linear.FIELDS,
+    **sparse.STRUCTS,
+}
 
 
 def _packer(fields: tuple[tuple[str, type], ...]) -> Callable[..., bytes]:
@@ -120,7 +114,7 @@ def _packer(fields: tuple[tuple[str, type], ...]) -> Callable[..., bytes]:
 
 pack_softmax = _packer(SOFTMAX_FIELDS)
 pack_linear = _packer(linear.FIELDS)
-pack_latent = _packer(LATENT_FIELDS)
+pack_latent = _packer(latent.FIELDS)
 pack_mask_node, pack_block_list, pack_selected = map(_packer, sparse.STRUCTS.values())
 pack_softmax_gradients = _packer(SOFTMAX_GRADIENT_FIELDS)
 pack_cache = _packer(cache.FIELDS)

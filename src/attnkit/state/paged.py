@@ -134,9 +134,7 @@ class PagedKVState:
         ``ValueError``, and stores nothing, when more pages are needed than are free.
         """
         where, pool = "PagedKVState.append", self.pool
-        like = {
-            name: x[:1, :, :1].expand(len(self._tables), -1, -1, -1) for name, x in (("k", pool.k), ("v", pool.v))
-        }
+        like = {name: x[:1, :, :1].expand(len(self._tables), -1, -1, -1) for name, x in (("k", pool.k), ("v", pool.v))}
         m = check_new_tokens(where, {"k": k, "v": v}, like)
         counts = [m] * len(self._tables) if lengths is None else lengths
         if len(counts) != len(self._tables) or not all(0 <= count <= m for count in counts):
