@@ -263,7 +263,10 @@ class Backward {
       pack_queries<Math>(queries, q, count, kBlockQueries, query_lda_, h.query_along + first * query_lda_);
       pack_queries<Math>(slopes, slope, count, kBlockQueries, slope_lda_, h.slope_along + first * slope_lda_);
     }
-    const attnkit_softmax outputs = rows_of(count, s_.e, s_.o_m);
+    // The value of an only key is the output; what was stored may be a rounding beside it.
+    const bool lone = s_.n == 1 && !s_.sink;
+    if (lone) o = static_cast<const T*>(s_.v) + h.batch * s_.v_b + h.head / ratio_ * s_.v_g;
+    const attnkit_softmax outputs = rows_of(count, s_.e, lone ? 0 : s_.o_m);
     pack_key_block<Math>(outputs, o, PackedSizes<Math>(outputs), 0, w.values_down);
     for (int group = 0; group * kRows < count; ++group) row_numbers(w, h, first, count, group);
     for (int64_t i = count; i < kBlockQueries; ++i) {
