@@ -1,4 +1,4 @@
-"""Gradients of the native softmax kernels: every level against the definition, and what must not change a bit of them."""
+"""Gradients of the native softmax kernels: every level against the definition, and what may not change their bits."""
 
 from __future__ import annotations
 

@@ -90,8 +90,8 @@ def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
     trained = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in rich]
     trained[8] = rich[8].detach()
     o, lse = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9)
-    slopes = (q.detach(), k.detach(), v.detach(), o, lse, torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9), dense, far, far, 0.25)
-    slopes += (torch.randn(2, 1, 9, 70), torch.rand(4), 2.0, torch.randn(4), [True, True, False, True, True])
+    slopes = (q.detach(), k.detach(), v.detach(), o, lse, torch.randn_like(o), torch.randn_like(lse), dense)
+    slopes += (far, far, 0.25, torch.randn(2, 1, 9, 70), torch.rand(4), 2.0, torch.randn(4), [True, True, False, True, True])
     return [("softmax", plain), ("softmax", tuple(trained)), ("softmax_backward", slopes)]
 
 
