@@ -23,7 +23,12 @@ from attnkit.masks import (
     symmetric_window,
     window,
 )
-from attnkit.mechanisms.softmax import merge, softmax_attention, softmax_attention_varlen
+from attnkit.mechanisms.softmax import (
+    merge,
+    softmax_attention,
+    softmax_attention_step,
+    softmax_attention_varlen,
+)
 from attnkit.registry import get
 
 __version__ = "0.1.0"
@@ -47,6 +52,7 @@ __all__ = [
     "predicate",
     "prefix",
     "softmax_attention",
+    "softmax_attention_step",
     "softmax_attention_varlen",
     "state",
     "strided",

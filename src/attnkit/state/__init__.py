@@ -6,6 +6,7 @@ from attnkit.state.compressed import Closed, CompressedState
 from attnkit.state.kv import KVState
 from attnkit.state.latent import LatentState
 from attnkit.state.layered import LayeredState, State
+from attnkit.state.paged import PagedKVState, PagePool
 from attnkit.state.pooled import PooledState
 from attnkit.state.pyramid import PyramidState
 from attnkit.state.recurrent import RecurrentState
@@ -21,6 +22,8 @@ __all__ = [
     "KVState",
     "LatentState",
     "LayeredState",
+    "PagePool",
+    "PagedKVState",
     "PooledState",
     "PyramidState",
     "RecurrentState",

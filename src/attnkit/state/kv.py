@@ -12,6 +12,9 @@ from attnkit.state.tokens import TokenState, check_new_tokens
 from attnkit.state.view import View
 
 
+Rows = ScaledRows | GroupedKeys | GroupedValues
+
+
 class KVState:
     """Keys and values of every token so far, in one buffer of ``capacity`` tokens; nothing is ever copied to grow.
 
@@ -66,9 +69,18 @@ class KVState:
         return None if isinstance(self._tokens, TokenState) else self._tokens.codec
 
     @property
-    def stored(self) -> TokenState | CodedTokens:
-        """What is allocated, for kernels that read it in place."""
-        return self._tokens
+    def rows(self) -> tuple[Tensor, Tensor] | tuple[Rows, Rows]:
+        """What is allocated for keys and values, for kernels that read it in place: tensors, or codes and scales."""
+        if isinstance(self._tokens, TokenState):
+            return self._tokens.buffers["k"], self._tokens.buffers["v"]
+        return self._tokens.k, self._tokens.v
+
+    @property
+    def like(self) -> dict[str, Tensor]:
+        """Tensors of the shape ``(b, g, 1, size)``, dtype and device of a token's ``k`` and ``v``; their numbers say nothing."""
+        if isinstance(self._tokens, TokenState):
+            return {name: x[:, :, :1] for name, x in self._tokens.buffers.items()}
+        return self._tokens.like
 
     def append(self, k: Tensor, v: Tensor) -> View:
         """Store ``m`` new tokens, keys ``(b, g, m, d)`` and values ``(b, g, m, e)``; return all keys so far.
@@ -86,6 +98,13 @@ class KVState:
     def view(self) -> View:
         """All keys and values so far: slices of the buffers, or with a codec copies in the state's dtype."""
         return View(**self._tokens.view(), length=self._tokens.length)
+
+    def numbers(self) -> tuple[Tensor, Tensor]:
+        """All keys and values in float32 or better: what codes mean, before any rounding to the state's dtype."""
+        if isinstance(self._tokens, CodedTokens):
+            return self._tokens.numbers()
+        held = self._tokens.view()
+        return held["k"], held["v"]
 
     def crop(self, length: int) -> None:
         """Forget all but the first ``length`` tokens, as if the others had never been appended.

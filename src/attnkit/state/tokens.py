@@ -54,6 +54,11 @@ class TokenState:
         return next(iter(self._buffers.values())).shape[2]
 
     @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """The whole tensors ``(b, heads, capacity, size)``, for kernels that read them in place."""
+        return self._buffers
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return sum(buffer.nbytes for buffer in self._buffers.values())

@@ -22,6 +22,7 @@ __all__ = [
     "SoftmaxConfig",
     "merge",
     "softmax_attention",
+    "softmax_attention_step",
     "softmax_attention_varlen",
 ]
 
@@ -329,3 +330,6 @@ SPEC = Mechanism(
     state=KVState,
     presets=PRESETS,
 )
+
+# Its own record names this one.
+from attnkit.mechanisms.softmax.step import softmax_attention_step  # noqa: E402

@@ -57,7 +57,7 @@ def forward(
 ) -> Tensor | tuple[Tensor, Tensor]:
     interval = (UNBOUNDED, UNBOUNDED) if mask is None else mask.interval()
     left, right = interval or (UNBOUNDED, UNBOUNDED)
-    bias, alibi, sink = _float32(bias), _float32(alibi), _float32(sink)
+    bias, alibi, sink = as_float32(bias), as_float32(alibi), as_float32(sink)
     if torch.compiler.is_compiling():
         # A mask object cannot cross into an operator: it goes over as a tensor, and is made a block list inside.
         dense = None if mask is None or interval is not None else mask.dense(q.shape[2], k.shape[2], q.device)
@@ -264,15 +264,13 @@ def _run_backward(
     d_q, d_k, d_v = (x.new_empty(x.shape) if want else None for x, want in zip((q, k, v), wanted, strict=False))
     d_bias = torch.zeros(bias.shape) if bias is not None and wanted[3] else None
     d_sink = torch.empty(sink.shape) if sink is not None and wanted[4] else None
-    # A size of 1 is shared by all that it is broadcast to.
-    steps = () if d_bias is None else (0 if n == 1 else s for n, s in zip(d_bias.shape, d_bias.stride(), strict=True))
     native.run(
         "softmax_backward",
         call,
         native.pack_softmax_gradients(
             *(0 if x is None else x.data_ptr() for x in (d_o, d_lse, d_q, d_k, d_v, d_bias, d_sink)),
             *d_o.stride()[:3],
-            *((0, 0, 0, 0) if d_bias is None else steps),
+            *steps(d_bias),
         ),
     )
     return d_q, d_k, d_v, d_bias, d_sink
@@ -302,8 +300,6 @@ def _packed(
 ) -> bytes:
     """The call as the library reads it; what it points to has to outlive it."""
     (b, h, m, d), (g, n, e) = q.shape, v.shape[1:]
-    # The bias keeps a size of 1 where it is broadcast.
-    steps = () if bias is None else (0 if size == 1 else s for size, s in zip(bias.shape, bias.stride(), strict=True))
     return native.pack_softmax(
         *(0 if x is None else x.data_ptr() for x in (q, k, v, o, lse, bias, alibi, sink)),
         *(
@@ -316,7 +312,7 @@ def _packed(
         *k.stride()[:3],
         *v.stride()[:3],
         *o.stride()[:3],
-        *((0, 0, 0, 0) if bias is None else steps),
+        *steps(bias),
         *(left, right),
         *((1, 1) if blocks is None else (blocks.batches, blocks.heads)),
         torch.get_num_threads(),
@@ -332,9 +328,17 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _float32(x: Tensor | None) -> Tensor | None:
+def as_float32(x: Tensor | None) -> Tensor | None:
+    """What the kernels read of biases, slopes and sinks; a bias keeps a size of 1 where it is broadcast."""
     if x is None:
         return None
     if x.dim() == 4:
         x = x[tuple(slice(None, 1) if step == 0 else slice(None) for step in x.stride())]
     return x.float() if x.dim() == 4 else x.float().contiguous()
+
+
+def steps(bias: Tensor | None) -> tuple[int, ...]:
+    """Strides of a bias or its gradient as the kernels take them: a size of 1 is shared by all it is broadcast to."""
+    if bias is None:
+        return (0, 0, 0, 0)
+    return tuple(0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True))
