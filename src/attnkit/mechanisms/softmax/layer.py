@@ -14,7 +14,9 @@ from attnkit.positions import Rotary, T5Buckets, alibi_slopes
 from attnkit.projected import check_rotary
 from attnkit.shapes import check_groups
 from attnkit.spec import Cost, Sizes
-from attnkit.state import KVState, WindowState
+from attnkit.state import KVState, PagedKVState, WindowState
+
+Cache = KVState | WindowState | PagedKVState
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,17 @@ class SoftmaxAttention(nn.Module):
         sizes = Sizes(batch, c.heads, c.groups, m, n, c.key_size, c.values)
         return cost(sizes, mask=c.mask, itemsize=dtype.itemsize)
 
-    def step(self, x: Tensor, state: KVState | WindowState) -> tuple[Tensor, KVState | WindowState]:
-        """Feed the next token or tokens ``x`` ``(b, m, width)``; any split of a sequence gives ``forward``'s rows."""
+    def step(self, x: Tensor, state: Cache) -> tuple[Tensor, Cache]:
+        """Feed the next token or tokens ``x`` ``(b, m, width)``; any split of a sequence gives ``forward``'s rows.
+
+        A ``KVState`` with a codec and a ``PagedKVState`` (whose sequences have one length) are read in place.
+        """
         q, k, v = self._project(x, x)
         positions = torch.arange(state.length, state.length + x.shape[1], device=x.device)
         if not self._streams:
             q, k = self._in_text(q, k, positions)
+        if isinstance(state, PagedKVState) or (isinstance(state, KVState) and state.codec is not None):
+            return self._attend_in_place(q, k, v, state, positions), state
         view, mask = state.append(k, v).for_queries(self.config.mask, x.shape[1])
         keys = torch.arange(view.length, device=x.device) if view.positions is None else view.positions
         k = view.k
@@ -156,6 +163,35 @@ class SoftmaxAttention(nn.Module):
             q, k = self._in_cache(q, k, positions, keys)
         y = self._attend(q, k, view.v, mask, (positions, keys), ordered=view.positions is None)
         return y, state
+
+    def _attend_in_place(
+        self, q: Tensor, k: Tensor, v: Tensor, state: KVState | PagedKVState, positions: Tensor
+    ) -> Tensor:
+        from attnkit.mechanisms.softmax import softmax_attention_step  # made after the record, which names the layer
+
+        c = self.config
+        if self._streams:
+            raise NotImplementedError(
+                f"positions are those of the cache, which turns keys at every step, and the state is a "
+                f"{type(state).__name__} that is read in place: use the layer's own state"
+            )
+        state.store(k, v)
+        bias = None
+        if c.t5 is not None:
+            assert self.t5_table is not None
+            bias = c.t5.bias(self.t5_table, positions, torch.arange(state.length, device=q.device))
+        o = softmax_attention_step(
+            q,
+            state,
+            mask=c.mask,
+            scale=c.key_size**-0.5 if c.scale is None else c.scale,
+            bias=bias,
+            alibi=self.slopes,
+            softcap=c.softcap,
+            sink=self.sink,
+        )
+        y: Tensor = self.o(o.transpose(1, 2).flatten(2))
+        return y
 
     @property
     def _streams(self) -> bool:
