@@ -276,10 +276,10 @@ class RecurrentBackward {
       float* to = c_.d_decay + unit.number * c_.n + chunk.first;
       float later = 0.0f, before = 0.0f;
       for (int64_t j = 0; j < c_.d; ++j) later += w.kept[j];
-      for (int64_t t = tokens - 1; t >= 0; --t) to[t] = later += row_sum(w.here + t * ld, ld);
+      for (int64_t t = tokens - 1; t >= 0; --t) to[t] = later += row_sum(w.here + t * ld, c_.d);
       for (int64_t t = 0; t < tokens; ++t) {
         to[t] += before;
-        before += row_sum(chunk.x + t * ld, ld);
+        before += row_sum(chunk.x + t * ld, c_.d);
       }
     }
   }
