@@ -61,6 +61,17 @@ int32_t check(const attnkit_selected& s) {
   return ATTNKIT_OK;
 }
 
+int32_t check(const attnkit_coarse& s) {
+  if (s.dtype < ATTNKIT_FLOAT32 || s.dtype > ATTNKIT_FLOAT16) return ATTNKIT_BAD_DTYPE;
+  if (s.b < 0 || s.g < 1 || s.h < 1 || s.h % s.g != 0 || s.m < 0 || s.m > s.n || s.n >= kLargest || s.c < 0 ||
+      s.c >= kLargest || s.d < 1 || s.e < 1 || s.s < 0 || s.s >= kLargest || s.stride < 1 || s.length < s.stride ||
+      s.length % s.stride != 0 || s.length >= kLargest || s.block < s.stride || s.block % s.stride != 0 ||
+      s.block >= kLargest || s.threads < 1 || !(s.scale > 0))
+    return ATTNKIT_BAD_SIZE;
+  return ATTNKIT_OK;
+}
+
+bool nothing_to_do(const attnkit_coarse& s) { return s.b == 0 || s.m == 0; }
 bool nothing_to_do(const attnkit_selected& s) { return s.b == 0 || s.m == 0; }
 
 }  // namespace
@@ -106,5 +117,19 @@ int32_t attnkit_selected_forward(const attnkit_selected* call, void* scratch, in
   if (needed < 0) return static_cast<int32_t>(-needed);
   if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
   if (!nothing_to_do(*call)) level().sparse.selected(*call, static_cast<char*>(scratch));
+  return ATTNKIT_OK;
+}
+
+int64_t attnkit_coarse_forward_scratch_bytes(const attnkit_coarse* call) {
+  const int32_t status = check(*call);
+  if (status != ATTNKIT_OK) return -status;
+  return nothing_to_do(*call) ? 0 : level().sparse.coarse_scratch_bytes(*call);
+}
+
+int32_t attnkit_coarse_forward(const attnkit_coarse* call, void* scratch, int64_t scratch_bytes) {
+  const int64_t needed = attnkit_coarse_forward_scratch_bytes(call);
+  if (needed < 0) return static_cast<int32_t>(-needed);
+  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
+  if (!nothing_to_do(*call)) level().sparse.coarse(*call, static_cast<char*>(scratch));
   return ATTNKIT_OK;
 }

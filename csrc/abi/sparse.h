@@ -69,6 +69,29 @@ typedef struct attnkit_selected {
   float scale; /* above 0 */
 } attnkit_selected;
 
+/* Softmax attention to compressed blocks, each of `length` tokens, one every `stride`; a query sees those that end no
+ * later than itself (causal) or than the last token. Its weights choose blocks of `block` tokens for NSA's second branch:
+ * the first and the neighbours of the own one, then the most important, of equals the earlier; the own one is left out. */
+typedef struct attnkit_coarse {
+  const void* q;   /* (b, h, m, d) */
+  const void* k;   /* (b, g, c, d): compressed keys */
+  const void* v;   /* (b, g, c, e) */
+  float* o;        /* (b, h, m, e) contiguous */
+  int32_t* chosen; /* (b, g, m, s) contiguous, -1 in places left over */
+  int64_t b, h, g, m, n, c, d, e, s;
+  int64_t q_b, q_h, q_m;
+  int64_t k_b, k_g, k_n;
+  int64_t v_b, v_g, v_n;
+  int64_t length, stride, block;
+  int64_t threads;
+  int32_t dtype;
+  int32_t causal;
+  float scale; /* above 0 */
+} attnkit_coarse;
+
+ATTNKIT_EXPORT int64_t attnkit_coarse_forward_scratch_bytes(const attnkit_coarse* call);
+ATTNKIT_EXPORT int32_t attnkit_coarse_forward(const attnkit_coarse* call, void* scratch, int64_t scratch_bytes);
+
 ATTNKIT_EXPORT int64_t attnkit_selected_forward_scratch_bytes(const attnkit_selected* call);
 ATTNKIT_EXPORT int32_t attnkit_selected_forward(const attnkit_selected* call, void* scratch, int64_t scratch_bytes);
 

@@ -32,6 +32,8 @@ struct SparseKernels {
   void (*block_list)(const attnkit_block_list&, char* scratch);
   int64_t (*selected_scratch_bytes)(const attnkit_selected&);
   void (*selected)(const attnkit_selected&, char* scratch);
+  int64_t (*coarse_scratch_bytes)(const attnkit_coarse&);
+  void (*coarse)(const attnkit_coarse&, char* scratch);
 };
 
 struct LatentKernels {

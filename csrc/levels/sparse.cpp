@@ -14,6 +14,7 @@ namespace {
 #include "../kernels/pack.h"
 #include "../kernels/lists.h"
 #include "../kernels/selected.h"
+#include "../kernels/coarse.h"
 // clang-format on
 
 int64_t block_list_scratch_bytes(const attnkit_block_list& s) { return BlockLists(s).scratch_bytes(); }
@@ -21,27 +22,35 @@ void block_bounds(const attnkit_block_list& s, char* scratch) { BlockLists(s).bo
 void block_list(const attnkit_block_list& s, char* scratch) { BlockLists(s).fill(scratch); }
 
 // Calls f with the kernel that serves the call.
-template <class F>
-auto with_selected(const attnkit_selected& s, F f) {
+template <template <class, class> class Kernel, class Call, class F>
+auto with_kernel(const Call& s, F f) {
 #if defined(ATTNKIT_BF16_DOT)
   using BFloat16Product = BFloat16Math;
 #else
   using BFloat16Product = Float32Math;
 #endif
-  if (s.dtype == ATTNKIT_BFLOAT16) return f(Selected<BFloat16Product, BFloat16>(s));
-  if (s.dtype == ATTNKIT_FLOAT16) return f(Selected<Float32Math, Float16>(s));
-  return f(Selected<Float32Math, float>(s));
+  if (s.dtype == ATTNKIT_BFLOAT16) return f(Kernel<BFloat16Product, BFloat16>(s));
+  if (s.dtype == ATTNKIT_FLOAT16) return f(Kernel<Float32Math, Float16>(s));
+  return f(Kernel<Float32Math, float>(s));
 }
 int64_t selected_scratch_bytes(const attnkit_selected& s) {
-  return with_selected(s, [](const auto& kernel) { return kernel.scratch_bytes(); });
+  return with_kernel<Selected>(s, [](const auto& kernel) { return kernel.scratch_bytes(); });
 }
 void selected(const attnkit_selected& s, char* scratch) {
-  with_selected(s, [&](const auto& kernel) { kernel.run(scratch); });
+  with_kernel<Selected>(s, [&](const auto& kernel) { kernel.run(scratch); });
+}
+
+int64_t coarse_scratch_bytes(const attnkit_coarse& s) {
+  return with_kernel<Coarse>(s, [](const auto& kernel) { return kernel.scratch_bytes(); });
+}
+void coarse(const attnkit_coarse& s, char* scratch) {
+  with_kernel<Coarse>(s, [&](const auto& kernel) { kernel.run(scratch); });
 }
 
 }  // namespace
 
-const SparseKernels sparse = {block_list_scratch_bytes, block_bounds, block_list, selected_scratch_bytes, selected};
+const SparseKernels sparse = {block_list_scratch_bytes, block_bounds,         block_list, selected_scratch_bytes,
+                              selected,                 coarse_scratch_bytes, coarse};
 
 }  // namespace ATTNKIT_LEVEL
 }  // namespace attnkit

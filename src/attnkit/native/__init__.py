@@ -118,6 +118,7 @@ pack_latent = _packer(latent.FIELDS)
 pack_mask_node, pack_block_list, pack_selected = map(_packer, sparse.STRUCTS.values())
 pack_softmax_gradients = _packer(SOFTMAX_GRADIENT_FIELDS)
 pack_cache = _packer(cache.FIELDS)
+pack_mask_node, pack_block_list, pack_selected, pack_coarse = map(_packer, sparse.STRUCTS.values())
 
 
 @dataclass(frozen=True)

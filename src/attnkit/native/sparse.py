@@ -23,10 +23,19 @@ STRUCTS: dict[str, tuple[tuple[str, type], ...]] = {
         ("causal", c_int32),
         ("scale", c_float),
     ),
+    "coarse": (
+        *((name, c_void_p) for name in ("q", "k", "v", "o", "chosen")),
+        *((name, c_int64) for name in ("b", "h", "g", "m", "n", "c", "d", "e", "s")),
+        *((name, c_int64) for name in ("q_b", "q_h", "q_m", "k_b", "k_g", "k_n", "v_b", "v_g", "v_n")),
+        *((name, c_int64) for name in ("length", "stride", "block", "threads")),
+        ("dtype", c_int32),
+        ("causal", c_int32),
+        ("scale", c_float),
+    ),
 }
 
 FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {}
-for _name in ("block_bounds", "block_list_fill", "selected_forward"):
+for _name in ("block_bounds", "block_list_fill", "selected_forward", "coarse_forward"):
     FUNCTIONS[f"attnkit_{_name}_scratch_bytes"] = c_int64, (c_char_p,)
     FUNCTIONS[f"attnkit_{_name}"] = c_int32, (c_char_p, c_void_p, c_int64)
 

@@ -11,7 +11,7 @@ from attnkit import shapes
 from attnkit.dispatch import run
 from attnkit.masks import symmetric_window
 from attnkit.masks import window as last
-from attnkit.mechanisms.nsa import chunk
+from attnkit.mechanisms.nsa import chunk, cpu
 from attnkit.mechanisms.nsa.blocks import Blocks, check, windows
 from attnkit.mechanisms.nsa.reference import forward as reference
 from attnkit.positions import Rotary
@@ -72,7 +72,7 @@ def nsa_attention(
     causal: False lets a query see later tokens too: all compressed blocks, the block after its own, which is always
         selected then, later ones of high importance, and tokens less than ``window`` away on either side.
     scale: multiplies ``q k^T`` in all branches; ``d ** -0.5`` when None.
-    backend: "chunk" or "reference", which then runs or raises; None takes the first that can run.
+    backend: "cpu", "chunk" or "reference", which then runs or raises; None takes the first that can run.
 
     Returns
     -------
@@ -281,6 +281,10 @@ def cost(
     )
 
 
+def _cpu() -> Any:
+    return cpu.forward
+
+
 def _chunk() -> Any:
     return chunk.forward
 
@@ -322,7 +326,11 @@ SPEC = Mechanism(
     function=nsa_attention,
     sample=sample,
     reference=reference,
-    backends=(Backend("chunk", _chunk, finite_only=True), Backend("reference", _reference)),
+    backends=(
+        Backend("cpu", _cpu, rejects=cpu.rejects, grad=False, finite_only=True),
+        Backend("chunk", _chunk, finite_only=True),
+        Backend("reference", _reference),
+    ),
     laws=Laws(
         causal=True,
         stateful=True,

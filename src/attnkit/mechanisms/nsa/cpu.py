@@ -1,0 +1,90 @@
+"""The native kernels, forward only: compressed blocks and the choice in one, then the chosen blocks and the window."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnkit import masks, native
+from attnkit.mechanisms.moba import selected_attention
+from attnkit.mechanisms.nsa.blocks import Blocks
+from attnkit.mechanisms.softmax import softmax_attention
+from attnkit.spec import Call
+
+MOST_SIZE = 576
+# So few queries are served by the chunk backend, which packs nothing and fetches what a query chose.
+FEWEST_QUERIES = 2
+
+_TENSORS = ("q", "k", "v", "compressed_k", "compressed_v", "window_k", "window_v", "gates")
+
+
+def rejects(call: Call) -> tuple[str, ...]:
+    q, v = call["q"], call["v"]
+    reasons = []
+    if not native.STATUS.available:
+        reasons.append(native.STATUS.reason)
+    if torch.compiler.is_compiling():
+        reasons.append("the call is being compiled, the native kernel runs eagerly only")
+    if q.device.type != "cpu":
+        reasons.append(f"device is {q.device.type}, the native kernel needs cpu")
+    if q.dtype not in native.DTYPES:
+        reasons.append(f"dtype is {q.dtype}, the native kernel takes float32, bfloat16 and float16")
+    if q.shape[2] < FEWEST_QUERIES:
+        reasons.append(f"there are {q.shape[2]} queries, the native kernel takes {FEWEST_QUERIES} or more")
+    for name, size in (("key", q.shape[3]), ("value", v.shape[3])):
+        if not 1 <= size <= MOST_SIZE:
+            reasons.append(f"{name} size is {size}, the native kernel takes 1 to {MOST_SIZE}")
+    if not call["scale"] > 0:
+        reasons.append(f"scale is {call['scale']}, the native kernel takes one above 0")
+    if not call["causal"]:
+        reasons.append("causal is False, the native kernel is causal")
+    if torch.is_grad_enabled():
+        wanted = [name for name in _TENSORS if call[name].requires_grad]
+        if wanted:
+            reasons.append(f"gradients are wanted for {', '.join(wanted)}, the native kernel is forward only")
+    return tuple(reasons)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    compressed_k: Tensor,
+    compressed_v: Tensor,
+    window_k: Tensor,
+    window_v: Tensor,
+    gates: Tensor,
+    blocks: Blocks,
+    window: int,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    n = k.shape[2]
+    coarse, chosen = _coarse(q, compressed_k, compressed_v, n, blocks, scale)
+    if blocks.selected >= -(-n // blocks.block):
+        fine = softmax_attention(q, k, v, mask=masks.causal(), scale=scale)
+    else:
+        fine = selected_attention(q, k, v, chosen, block=blocks.block, scale=scale)
+    near = softmax_attention(q, window_k, window_v, mask=masks.window(window), scale=scale)
+    gate = gates.float()[..., None, :]
+    o = coarse.mul_(gate[..., 0]).addcmul_(gate[..., 1], fine.float()).addcmul_(gate[..., 2], near.float())
+    return o.to(q.dtype)
+
+
+def _coarse(q: Tensor, k: Tensor, v: Tensor, n: int, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:
+    """The first branch, float32 ``(b, h, m, e)``, and blocks beside the own one, int64 ``(b, g, m, s)``."""
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    (b, h, m, d), (g, c, e) = q.shape, v.shape[1:]
+    o = torch.empty(b, h, m, e)
+    chosen = torch.empty(b, g, m, blocks.selected - 1, dtype=torch.int32)
+    native.run(
+        "coarse_forward",
+        native.pack_coarse(
+            *(x.data_ptr() for x in (q, k, v, o, chosen)),
+            *(b, h, g, m, n, c, d, e, chosen.shape[3]),
+            *(step for x in (q, k, v) for step in x.stride()[:3]),
+            *(blocks.length, blocks.stride, blocks.block, torch.get_num_threads()),
+            *(native.DTYPES[q.dtype], True, scale),
+        ),
+    )
+    return o, chosen.long()
