@@ -20,12 +20,15 @@ constexpr int kAccumulators = kWidth == 16 ? 24 : 12;
 constexpr int kSumRows = kWidth == 16 ? 8 : 4;
 constexpr int kSumVectors = 3;
 constexpr int kMapRows = 4;
+constexpr int64_t kMapAhead = 16;  // rows of the maps that are fetched ahead
 
-// scores[key][query] = factor * keys * queries, and the largest of each query.
+// scores[key][query] = factor * keys * queries, and the largest of each query. Meanwhile it fetches the bytes from `next` on,
+// `next_step` of them with every step: all at once would wait for memory.
 template <class Math, int kVectors>
 ATTNKIT_NOINLINE void score_keys(const typename Math::Element* keys, int64_t key_stride,
                                  const typename Math::Element* queries, int64_t vector_stride, int64_t steps,
-                                 float factor, float* scores, int64_t score_stride, float* peaks) {
+                                 float factor, float* scores, int64_t score_stride, float* peaks, const char* next,
+                                 int64_t next_step) {
   constexpr int kKeys = kAccumulators / kVectors;
   Vec acc[kKeys][kVectors];
 #pragma GCC unroll 24
@@ -40,6 +43,9 @@ ATTNKIT_NOINLINE void score_keys(const typename Math::Element* keys, int64_t key
     decltype(Math::load_row(queries)) row[kVectors];
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) row[j] = Math::load_row(queries + j * vector_stride + s * kWidth);
+    __builtin_prefetch(next, 0, 2);
+    __builtin_prefetch(next + 64, 0, 2);
+    next += next_step;
 #pragma GCC unroll 24
     for (int i = 0; i < kKeys; ++i)
 #pragma GCC unroll 4
@@ -60,11 +66,12 @@ ATTNKIT_NOINLINE void score_keys(const typename Math::Element* keys, int64_t key
   }
 }
 
-// sums[query][column] += weights^T * values; weights are [step][query].
-template <class Math, int kVectors>
+// sums[query][column] += weights^T * values; weights are [step][query]. With kPairs, rows of keys are paired on the way:
+// what is used is the pairs of `rows`, and `values` is where they are left for the next queries.
+template <class Math, int kVectors, bool kPairs>
 ATTNKIT_NOINLINE void add_latents(const typename Math::Element* weights, int64_t weight_stride,
-                                  const typename Math::Element* values, int64_t value_stride, int64_t steps, float* sums,
-                                  int64_t sum_stride) {
+                                  typename Math::Element* values, int64_t value_stride, int64_t steps, float* sums,
+                                  int64_t sum_stride, const typename Math::Element* rows, int64_t row_stride) {
   Vec acc[kSumRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kSumRows; ++i)
@@ -73,7 +80,16 @@ ATTNKIT_NOINLINE void add_latents(const typename Math::Element* weights, int64_t
   for (int64_t s = 0; s < steps; ++s) {
     decltype(Math::load_row(values)) row[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) row[j] = Math::load_row(values + j * kWidth);
+    for (int j = 0; j < kVectors; ++j) {
+#if defined(ATTNKIT_BF16_DOT)
+      if constexpr (kPairs) {
+        row[j] = zip_halves(load_halves(rows + j * kWidth / 2), load_halves(rows + row_stride + j * kWidth / 2));
+        _mm512_storeu_si512(values + j * kWidth, row[j]);
+      } else
+#endif
+        row[j] = Math::load_row(values + j * kWidth);
+    }
+    rows += 2 * row_stride;
 #pragma GCC unroll 8
     for (int i = 0; i < kSumRows; ++i)
 #pragma GCC unroll 4
@@ -146,7 +162,7 @@ class Latent {
   // What one thread works in.
   struct Work {
     Element* keys;     // kTileKeys of row_steps_: a tile that cannot be used as it lies
-    Element* values;   // kTileKeys of columns_: the tile's latents in pairs of keys
+    Element* values;   // kTileKeys of a strip of columns: the tile's latents in pairs of keys
     float* scores;     // kTileKeys of task_rows_
     Element* weights;  // kTileKeys of task_rows_
     float* sums;       // task_rows_ of columns_, not yet divided by the totals
@@ -158,7 +174,7 @@ class Latent {
     Work(const Latent& l, char* memory)
         : keys(reinterpret_cast<Element*>(memory)),
           values(keys + kTileKeys * l.row_steps_),
-          scores(reinterpret_cast<float*>(values + kTileKeys * l.columns_)),
+          scores(reinterpret_cast<float*>(values + kTileKeys * kSumVectors * kWidth)),
           weights(reinterpret_cast<Element*>(scores + kTileKeys * l.task_rows_)),
           sums(reinterpret_cast<float*>(weights + kTileKeys * l.task_rows_)),
           totals(sums + l.task_rows_ * l.columns_),
@@ -171,7 +187,7 @@ class Latent {
   int64_t query_floats() const { return round_up(s_.nope + s_.r, kWidth); }
   int64_t mapped_floats() const { return round_up(s_.c, kWidth) + row_steps_ * kNumbers; }
   int64_t work_bytes() const {
-    return round_up(4 * (kTileKeys * (row_steps_ + columns_ + 2 * task_rows_) + task_rows_ * (columns_ + 3) +
+    return round_up(4 * (kTileKeys * (row_steps_ + kSumVectors * kWidth + 2 * task_rows_) + task_rows_ * (columns_ + 3) +
                          kMapRows * (query_floats() + mapped_floats())),
                     64);
   }
@@ -207,17 +223,10 @@ class Latent {
         for (int64_t j = 0; j < s_.nope + s_.r; j += kWidth) store(to + j, load_some(q + j, s_.nope + s_.r - j));
       }
       for (int64_t k = count; k < kMapRows; ++k) __builtin_memset(w.queries + k * query_floats(), 0, 4 * query_floats());
-      for (int64_t j = 0; j < s_.c; j += kWidth) {
-        Vec acc[kMapRows];
-#pragma GCC unroll 4
-        for (int k = 0; k < kMapRows; ++k) acc[k] = zero();
-        for (int64_t f = 0; f < s_.nope; ++f) {
-          const Vec x = load_some(up + f * s_.kv_b_row + j, s_.c - j);
-#pragma GCC unroll 4
-          for (int k = 0; k < kMapRows; ++k) acc[k] = fma(splat(w.queries[k * query_floats() + f]), x, acc[k]);
-        }
-#pragma GCC unroll 4
-        for (int k = 0; k < kMapRows; ++k) store(w.mapped + k * mapped_stride + j, acc[k]);
+      if (count == 1) {
+        map<1>(w, up);
+      } else {
+        map<kMapRows>(w, up);
       }
       for (int64_t k = 0; k < count; ++k) {
         const int64_t batch = (first + k) / s_.m, i = (first + k) % s_.m;
@@ -232,6 +241,37 @@ class Latent {
         }
       }
     }
+  }
+
+  // w.mapped = w.queries * U. One row has registers for many columns, which are read as they lie in memory.
+  template <int kCount>
+  void map(const Work& w, const T* up) const {
+    constexpr int kVectors = kAccumulators / 3 * 2 / kCount;
+    int64_t c = 0;
+    for (; c + kVectors * kWidth <= s_.c; c += kVectors * kWidth) map_strip<kCount, kVectors>(w, up, c);
+    for (; c < s_.c; c += kWidth) map_strip<kCount, 1>(w, up, c);
+  }
+  template <int kCount, int kVectors>
+  ATTNKIT_INLINE void map_strip(const Work& w, const T* up, int64_t c) const {
+    Vec acc[kCount][kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 16
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = zero();
+    for (int64_t f = 0; f < s_.nope; ++f) {
+      const T* row = up + f * s_.kv_b_row + c;
+      prefetch_row(row + kMapAhead * s_.kv_b_row, kVectors * kWidth);
+#pragma GCC unroll 16
+      for (int j = 0; j < kVectors; ++j) {
+        const Vec x = kVectors > 1 ? load(row + j * kWidth) : load_some(row, s_.c - c);
+#pragma GCC unroll 4
+        for (int i = 0; i < kCount; ++i) acc[i][j] = fma(splat(w.queries[i * query_floats() + f]), x, acc[i][j]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 16
+      for (int j = 0; j < kVectors; ++j) store(w.mapped + i * mapped_floats() + c + j * kWidth, acc[i][j]);
   }
 
   // One vector of queries of a latent head: [step][query].
@@ -328,11 +368,13 @@ class Latent {
       with_vectors(least<int64_t>(kStripVectors, (padded - row) / kWidth), [&](auto vectors) {
         constexpr int kKeys = kAccumulators / vectors.count;
         for (int64_t k = 0; k < tile.count; k += kKeys) {
-          if (row == 0)
-            for (int64_t i = k; i < least(k + kKeys, ahead); ++i) prefetch_row(next + i * s_.latent_n, key_size_);
+          // What the first queries of the tile fetch is there for the next tile; others fetch nothing new.
+          const bool fetches = row == 0 && k < ahead;
           score_keys<Math, vectors.count>(tile.keys + k * tile.stride, tile.stride, queries + row * steps_,
                                           steps_ * kWidth, steps_, s_.scale * kLog2E, w.scores + k * task_rows_ + row,
-                                          task_rows_, w.peaks + row);
+                                          task_rows_, w.peaks + row,
+                                          reinterpret_cast<const char*>(fetches ? next + k * s_.latent_n : tile.stored),
+                                          fetches ? kKeys * s_.latent_n * static_cast<int64_t>(sizeof(T)) / steps_ : 0);
         }
       });
     }
@@ -417,37 +459,28 @@ class Latent {
   }
 
   void add(const Work& w, const Tile& tile, int64_t padded) const {
-    const Element* values = tile.keys;
-    int64_t stride = tile.stride;
-    const int64_t steps = ceil_div(tile.count, kNumbers);
-#if defined(ATTNKIT_BF16_DOT)
-    if constexpr (kNumbers == 2) {
-      pair(tile, w.values);
-      values = w.values;
-      stride = columns_;
-    }
-#endif
     for (int64_t c = 0; c < columns_; c += kSumVectors * kWidth) {
       const int64_t vectors = least<int64_t>(kSumVectors, (columns_ - c) / kWidth);
-      for (int64_t row = 0; row < padded; row += kSumRows) {
-        float* sums = w.sums + row * columns_ + c;
-        if (vectors == 3) add_latents<Math, 3>(w.weights + row, task_rows_, values + c, stride, steps, sums, columns_);
-        if (vectors == 2) add_latents<Math, 2>(w.weights + row, task_rows_, values + c, stride, steps, sums, columns_);
-        if (vectors == 1) add_latents<Math, 1>(w.weights + row, task_rows_, values + c, stride, steps, sums, columns_);
-      }
+      if (vectors == 3) add_strip<3>(w, tile, padded, c);
+      if (vectors == 2) add_strip<2>(w, tile, padded, c);
+      if (vectors == 1) add_strip<1>(w, tile, padded, c);
     }
   }
-
-#if defined(ATTNKIT_BF16_DOT)
-  // The latents of the tile, number by number in pairs of keys.
-  void pair(const Tile& tile, Element* to) const {
-    for (int64_t k = 0; k < tile.count; k += 2) {
-      const Element *even = tile.keys + k * tile.stride, *odd = even + tile.stride;
-      for (int64_t c = 0; c < columns_; c += kWidth)
-        _mm512_storeu_si512(to + k / 2 * columns_ + c, zip_halves(load_halves(even + c / 2), load_halves(odd + c / 2)));
-    }
+  template <int kVectors>
+  void add_strip(const Work& w, const Tile& tile, int64_t padded, int64_t c) const {
+    const int64_t steps = ceil_div(tile.count, kNumbers);
+    // The pairs of a strip lie together, for the next queries find them in the first cache.
+    constexpr bool kPairs = kNumbers == 2;
+    Element* const values = kPairs ? w.values : const_cast<Element*>(tile.keys) + c;
+    const int64_t stride = kPairs ? kVectors * kWidth : tile.stride;
+    const auto add_rows = [&](auto pairs, int64_t row) {
+      add_latents<Math, kVectors, pairs.count != 0>(w.weights + row, task_rows_, values, stride, steps,
+                                                    w.sums + row * columns_ + c, columns_,
+                                                    kPairs ? tile.keys + c / 2 : tile.keys, tile.stride);
+    };
+    add_rows(Vectors<kPairs>(), 0);
+    for (int64_t row = kSumRows; row < padded; row += kSumRows) add_rows(Vectors<0>(), row);
   }
-#endif
 
   bool finite(const Tile& tile) const {
     Vec check = zero();
@@ -509,6 +542,8 @@ class Latent {
       int64_t c = 0;
       for (; c + kWidth <= s_.c; c += kWidth) {
         const Vec x = load(mixed + c);
+        if (c * static_cast<int64_t>(sizeof(T)) % 64 == 0)
+          for (int k = 0; k < kWidth; ++k) __builtin_prefetch(row[k] + kWidth * s_.kv_b_row + c, 0, 2);
 #pragma GCC unroll 16
         for (int k = 0; k < kWidth; ++k) acc[k] = fma(x, load(row[k] + c), acc[k]);
       }

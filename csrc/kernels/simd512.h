@@ -143,7 +143,10 @@ ATTNKIT_INLINE void store_narrow(uint32_t* p, Vec lo, Vec hi) {
 }
 // Number i of two rows side by side in lane i.
 ATTNKIT_INLINE Pairs zip_halves(__m256i even, __m256i odd) {
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+  const __m512i in_turn = _mm512_or_si512(
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_slli_epi32(
+      _mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31), 16));
+  return _mm512_permutexvar_epi16(in_turn, _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1));
 }
 ATTNKIT_INLINE __m256i load_halves_some(const void* p, int count) {
   return count >= kWidth ? load_halves(p) : _mm256_maskz_loadu_epi16(first(count), p);
