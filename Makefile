@@ -61,7 +61,7 @@ neon: ## compile the kernels for ARM and run their tests on an emulated processo
 	@qemu-aarch64 -L /usr/$(ARM) build/neon/attnkit_tests --rounds $$(($(CALLS) / 10 + 1))
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist docs/_build docs/mechanisms .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build docs/mechanisms docs/speed .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests docs examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup: $(VENV)/.package

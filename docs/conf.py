@@ -1,4 +1,4 @@
-"""Sphinx settings. The pages under mechanisms/ are written from the registry at every build."""
+"""Sphinx settings. Every build writes mechanisms/ from the registry and speed/ from the bench's result lines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import mechanism_pages  # noqa: E402
+import speed_page  # noqa: E402
 
 import attnkit  # noqa: E402
 
@@ -24,8 +25,9 @@ myst_heading_anchors = 3
 autodoc_typehints = "none"
 napoleon_use_rtype = False  # a result is named, and its description says its shape and dtype
 autodoc_member_order = "bysource"
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "speed/*.md"]
 html_theme = "furo"
 html_title = f"attnkit {attnkit.__version__}"
 
 mechanism_pages.write(HERE / "mechanisms")
+speed_page.write(HERE.parent / "benchmarks" / "results", HERE / "speed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from attnkit import bench, native
-from attnkit.bench import checks, host, memory, probes, sizes, timing
+from attnkit.bench import base, calls, checks, host, memory, peers, probes, sizes, timing
 from attnkit.mechanisms.softmax import cpu
 from attnkit.registry import get
 
@@ -273,3 +274,100 @@ def test_memory_on_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(memory, "CLEAR", tmp_path / "none")
     with pytest.raises(NotImplementedError, match="this system does not have: use Linux"):
         next(bench.peaks())
+
+
+@needs_native
+@pytest.mark.parametrize("suite", bench.suites())
+def test_a_row_without_its_kernel_says_why(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row crashes where a backend, a state or a level is missing."""
+    monkeypatch.setattr(native, "STATUS", native.Status(available=False, reason="it was struck by lightning"))
+    case = min(bench.cases(suite=[suite]), key=lambda case: case.sizes.n * case.sizes.g * case.sizes.d)
+    row = bench.measure(case)
+    assert row.refused and row.ours_ms is None and not row.holds
+    assert "struck by lightning" in row.refused or "has no" in row.refused
+    assert row.line()["refused"] == row.refused
+
+
+def test_a_peer_of_ours_is_the_same_call_but_for_what_it_changes() -> None:
+    window, half = bench.cases(["K9"])[0], next(c for c in bench.cases(["K3"]) if c.peer and c.peer.dtype)
+    small = dataclasses.replace(window, sizes=dataclasses.replace(window.sizes, m=300, n=300))
+    work = calls.work(small)
+    assert work.peer is not None and not torch.equal(work.ours(), work.peer())
+    full = dataclasses.replace(small, mask="causal()")
+    assert torch.equal(calls.work(full).ours(), work.peer())
+    small = dataclasses.replace(half, sizes=dataclasses.replace(half.sizes, m=64, n=64), backward=False)
+    peer = calls.work(small).peer
+    assert peer is not None and peer().dtype == torch.float32
+
+
+def test_ragged_sequences_are_charged_for_the_keys_they_have() -> None:
+    case = next(case for case in bench.cases(["K6"]) if case.inputs == "ragged")
+    lengths = calls.lengths(case.sizes)
+    assert (int(lengths[0]), int(lengths[-1])) == (512, 8192)
+    assert calls.amount(case) == pytest.approx(case.cost().bytes * lengths.double().mean() / 8192)
+
+
+@needs_native
+def test_a_window_that_is_one_key_too_long_is_seen_in_the_last_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = bench.cases(["K9"])[0]
+    case = dataclasses.replace(case, sizes=dataclasses.replace(case.sizes, m=400, n=400), dtype="float32")
+    work = calls.work(case)
+    assert checks.check_rows(case, work.given, work.ours()) is None
+    wide = calls.work(dataclasses.replace(case, mask="window(129)")).ours()
+    assert "in the last 8 rows" in str(checks.check_rows(case, work.given, wide))
+
+
+def test_exponents() -> None:
+    def line(work: str, ms: float | None, within: float | None = 0.05) -> dict[str, Any]:
+        changes = {"work": work, "ours_ms": ms, "floor_exponent": within}
+        return dataclasses.replace(RESULT, **changes).line()
+
+    lengths = (4096, 16384, 65536)
+    linear = [line(f"kda n{n}", 3e-3 * n) for n in lengths]
+    worse = [line(f"gla n{n}", 3e-3 * n**1.06) for n in lengths]
+    few = [line("retention n4096", 1.0), line("retention n16384", 4.0), line("retention n65536", None)]
+    free = [line(f"mha n{n}", n**2.0, None) for n in lengths]
+    one, other = bench.exponents([*linear, *worse, *few, *free])
+    assert (one.work, one.lengths, one.holds) == ("kda", lengths, True)
+    assert one.exponent == pytest.approx(1.0, abs=0.01)
+    assert (other.work, other.holds) == ("gla", False) and other.exponent == pytest.approx(1.06, abs=0.01)
+
+
+def test_lines_of_the_first_benches_are_read() -> None:
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*-v4bf16.jsonl")):
+        rows = [line for line in bench.read(path) if line["kind"] == "kernel"]
+        assert rows and all(line.keys() >= {"suite", "peer", "peer_ms", "floor_most", "refused"} for line in rows)
+    old = {"kind": "kernel", "id": "K5", "sdpa_ms": 2.0, "flex_ms": 3.0}
+    new = bench.upgraded(old)
+    assert (new["suite"], new["peer"], new["peer_ms"], new["also_ms"]) == ("decode", "SDPA", 2.0, {"flex": 3.0})
+    assert bench.upgraded(new) is new
+
+
+def test_peers_that_are_missing_are_named_with_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ImportError, match=r"--peers needs openvino, .*pip install 'attnkit\[peers\]'"):
+        peers.require(["openvino"])
+    peers.require(["flex"])
+
+
+def test_a_commit_that_git_does_not_know_is_refused() -> None:
+    if bench.checkout() is None or not (ROOT / ".git").exists():
+        pytest.skip("no git checkout")
+    lines = base.compare([], "no-such-commit")
+    assert next(lines)["settings"]["base"] == "no-such-commit"
+    with pytest.raises(ValueError, match="git -C failed, it said: .*no-such-commit"):
+        next(lines)
+    with pytest.raises(ValueError, match="got '--force', expected a commit"), base.built(ROOT, "--force"):
+        pass
+
+
+@needs_native
+def test_two_packages_take_turns() -> None:
+    """This package stands for both commits: times come in pairs, and a case that cannot run says which refused."""
+    prefill = next(case for case in bench.cases(["K1"]) if case.sizes.n == 1024)
+    refused = bench.cases(["K11"])[-1]
+    with base._Driver(bench.PACKAGE) as old, base._Driver(bench.PACKAGE) as new:
+        found = base._timed(prefill, old, new)
+        assert found["old_ms"] > 0 and found["new_ms"] > 0 and 0.2 < found["ratio"] < 5 and found["refused"] is None
+        if not any(backend.name == "cpu" for backend in refused.spec.backends):
+            assert base._timed(refused, old, new)["refused"].startswith("base: mla has no backend")
