@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import mmap
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,37 +192,29 @@ def test_the_library_refuses_what_would_overflow() -> None:
 
 
 @pytest.mark.parametrize("queries", [2, 60])
+@pytest.mark.parametrize("axis", [0, 1, 2])
 @DTYPES
-def test_offsets_have_64_bits(queries: int, dtype: torch.dtype) -> None:
-    """Rows, heads and batches that lie further apart than 32 bits count, in memory of which only a few pages exist."""
-    numbers = 9 * 2**30
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    with mmap.mmap(-1, numbers * 4, flags=flags) as memory:
-        wide = torch.frombuffer(memory, dtype=dtype, count=numbers)
-        torch.manual_seed(0)
-        for axis in (0, 1, 2):
-            shape = {0: (3, 2, 9, 40), 1: (1, 3, 9, 40), 2: (1, 2, 3, 40)}[axis]
-            strides = [shape[1] * shape[2] * 40, shape[2] * 40, 40, 1]
-            strides[axis] = 2**32 + 40  # 32 bits alone would read the number 40 places on
-            x = torch.randn(3, *shape).to(dtype)
-            q = torch.randn(shape[0], shape[1], queries, 40).to(dtype)
-            call = {"q": q}
-            for i, name in enumerate("kv"):
-                far = wide.as_strided(shape, strides, 100_000 * i)
-                far.copy_(x[i])
-                call[name] = far
-            if axis != 2:
-                far = wide.as_strided(q.shape, [*strides[:2], 40, 1][:4], 200_000)
-                if axis == 0:
-                    far = wide.as_strided(q.shape, [strides[0], queries * 40, 40, 1], 200_000)
-                far.copy_(q)
-                call["q"] = far
-            got = attend(call)
-            near = attend({name: t.contiguous() for name, t in call.items()})
-            assert all(a.equal(b) for a, b in zip(got, near, strict=True)), f"axis {axis}"
-            assert_right({name: t.contiguous() for name, t in call.items()})
-            del far, call
-        del wide
+def test_offsets_have_64_bits(queries: int, axis: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Batches, heads and rows that lie further apart than 32 bits count, in a file of which only a few pages exist."""
+    numbers = 2**32 + 2**20
+    file = tmp_path / "numbers"
+    with file.open("wb") as opened:
+        opened.truncate(numbers * dtype.itemsize)
+    wide = torch.from_file(str(file), shared=True, size=numbers, dtype=dtype)
+    heads, n = (2 if axis == 1 else 1), (2 if axis == 2 else 100)
+    lengths = {"q": queries, "k": n, "v": n}
+    call = {}
+    for i, (name, length) in enumerate(lengths.items()):
+        shape = (2 if axis == 0 else 1, heads, length, 40)
+        strides = [heads * length * 40, length * 40, 40, 1]
+        if name != "q" or axis != 2:
+            strides[axis] = 2**32 + 40  # 32 bits alone would read 40 numbers on
+        call[name] = wide.as_strided(shape, strides, 200_000 * i)
+        call[name].copy_(torch.randn(shape))
+    got = attend(call)
+    near = {name: x.contiguous() for name, x in call.items()}
+    assert all(a.equal(b) for a, b in zip(got, attend(near), strict=True))
+    assert_right(near)
 
 
 @LEVELS
