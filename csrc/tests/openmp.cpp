@@ -5,17 +5,20 @@
 // -fopenmp, the kernels run as they always do, and what is left to report is real. A kernel that uses another clause
 // of OpenMP fails to link, with the name of the function that is missing here. Empty in every other build.
 #if defined(__SANITIZE_THREAD__)
+#include <atomic>
 #include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 namespace {
 
-// One parallel region: a barrier, and the loop that is being shared out.
+// One parallel region: a barrier, and the loops that are being shared out.
 class Team {
  public:
-  explicit Team(int size) : size_(size) {}
+  explicit Team(int size) : size_(size), taken_(kMostLoops) {}
   int size() const { return size_; }
 
   void wait() {
@@ -29,30 +32,21 @@ class Team {
     moved_.wait(lock, [&] { return turn != turns_; });
   }
 
-  // Part of the loop that is this thread's `number`-th. Threads may be in different loops where no one waits at the end.
-  bool next(size_t number, long begin, long end, long step, long chunk, long* from, long* to) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    while (loops_.size() <= number) loops_.push_back({false, 0});
-    Loop& loop = loops_[number];
-    if (!loop.started) loop = {true, begin};
-    if (step > 0 ? loop.next >= end : loop.next <= end) return false;
-    *from = loop.next;
-    const long after = loop.next + step * chunk;
-    loop.next = *to = (step > 0 ? after < end : after > end) ? after : end;
-    return true;
+  // The next chunk of loop `number`. Threads may be in different loops where no one waits at the end. Relaxed, because a
+  // kernel must not count on sharing out a loop to order anything: a lock here would hide its races.
+  int64_t take(size_t number) {
+    if (number >= kMostLoops) std::abort();
+    return taken_[number].fetch_add(1, std::memory_order_relaxed);
   }
 
  private:
-  struct Loop {
-    bool started;
-    long next;
-  };
+  static constexpr size_t kMostLoops = 1 << 14;
   const int size_;
   std::mutex mutex_;
   std::condition_variable moved_;
   int waiting_ = 0;
   int64_t turns_ = 0;
-  std::vector<Loop> loops_;
+  std::vector<std::atomic<int64_t>> taken_;
 };
 
 // What one thread knows of the region it is in.
@@ -60,22 +54,26 @@ struct Place {
   Team* team = nullptr;
   int number = 0;
   size_t loops = 0;  // that it has begun
+  int64_t alone = 0;  // chunks taken of a loop outside of any region
   long begin = 0, end = 0, step = 1, chunk = 1;
 };
 thread_local Place here;
 
-bool start(long begin, long end, long step, long chunk, long* from, long* to) {
-  here.begin = begin, here.end = end, here.step = step, here.chunk = chunk;
-  ++here.loops;
-  if (!here.team) {  // a loop outside of any region: one thread does all of it
-    *from = begin, *to = end;
-    return step > 0 ? begin < end : begin > end;
-  }
-  return here.team->next(here.loops - 1, begin, end, step, chunk, from, to);
+bool next(long* from, long* to) {
+  const int64_t chunk = here.team ? here.team->take(here.loops - 1) : here.alone++;
+  const long length = here.end - here.begin, step = here.step * here.chunk;
+  const long first = chunk * step;
+  if (step > 0 ? first >= length : first <= length) return false;
+  *from = here.begin + first;
+  *to = (step > 0 ? first + step < length : first + step > length) ? *from + step : here.end;
+  return true;
 }
 
-bool next(long* from, long* to) {
-  return here.team && here.team->next(here.loops - 1, here.begin, here.end, here.step, here.chunk, from, to);
+bool start(long begin, long end, long step, long chunk, long* from, long* to) {
+  here.begin = begin, here.end = end, here.step = step, here.chunk = chunk;
+  here.alone = 0;
+  ++here.loops;
+  return next(from, to);
 }
 
 void run(Team* team, int number, void (*body)(void*), void* data) {
