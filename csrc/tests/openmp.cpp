@@ -32,7 +32,7 @@ class Team {
     moved_.wait(lock, [&] { return turn != turns_; });
   }
 
-  // The next chunk of loop `number`. Threads may be in different loops where no one waits at the end. Relaxed, because a
+  // The next chunk of loop `number`, or how many came to a `single` before. Threads may be in different loops where no one waits at the end. Relaxed, because a
   // kernel must not count on sharing out a loop to order anything: a lock here would hide its races.
   int64_t take(size_t number) {
     if (number >= kMostLoops) std::abort();
@@ -53,7 +53,7 @@ class Team {
 struct Place {
   Team* team = nullptr;
   int number = 0;
-  size_t loops = 0;  // that it has begun
+  size_t loops = 0;  // that it has begun, and places for one thread that it has come to
   int64_t alone = 0;  // chunks taken of a loop outside of any region
   long begin = 0, end = 0, step = 1, chunk = 1;
 };
@@ -95,6 +95,7 @@ int omp_in_parallel(void) { return here.team != nullptr; }
 void GOMP_barrier(void) {
   if (here.team) here.team->wait();
 }
+bool GOMP_single_start(void) { return !here.team || here.team->take(here.loops++) == 0; }
 void GOMP_parallel(void (*body)(void*), void* data, unsigned wanted, unsigned) {
   // As libgomp does it: a region inside another has one thread.
   const int size = here.team ? 1 : wanted ? static_cast<int>(wanted) : omp_get_max_threads();
