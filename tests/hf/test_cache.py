@@ -1,0 +1,105 @@
+"""The cache against Transformers' own: the same keys, the same text, and no copy of what is held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+import attnkit.hf
+from attnkit.hf.cache import FullLayer, WindowLayer
+
+IDS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(1))
+KEPT = torch.ones_like(IDS)
+KEPT[0, :5] = 0
+
+
+def tokens(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, 3, count, 4), torch.randn(2, 3, count, 5)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 300])
+def test_a_window_layer_hands_out_what_theirs_does(window: int) -> None:
+    ours, theirs = WindowLayer(window), DynamicSlidingWindowLayer(window)
+    for count in (3, 1, 1, 4, 1, 30, 1, 1, 1, 2, 1, 1, 400, 1, 700, 1, 1):
+        assert ours.get_mask_sizes(count) == theirs.get_mask_sizes(count)
+        k, v = tokens(count)
+        for got, want in zip(ours.update(k, v), theirs.update(k, v), strict=True):
+            # Theirs keeps everything for a window of 1 (a slice from -0); the last keys are what counts.
+            assert torch.equal(got, want[:, :, want.shape[2] - got.shape[2] :])
+            assert got.shape[2] == min(window - 1 + count, want.shape[2])
+        assert ours.get_seq_length() == theirs.get_seq_length()
+    assert ours.nbytes <= 2 * 2 * 3 * 9 * 4 * max(window, 256)
+
+
+def test_a_window_layer_goes_back_to_what_it_recorded() -> None:
+    layer, other = WindowLayer(4), WindowLayer(4)
+    k, v = tokens(30)
+    layer.update(k[:, :, :20], v[:, :, :20])
+    layer.activate_past_recording()
+    for start in (20, 23, 26):
+        layer.update(k[:, :, start : start + 3], v[:, :, start : start + 3])
+    layer.crop(-8)
+    other.update(k[:, :, :21], v[:, :, :21])
+    assert layer.get_seq_length() == 21
+    for got, want in zip(
+        layer.update(k[:, :, 29:], v[:, :, 29:]), other.update(k[:, :, 29:], v[:, :, 29:]), strict=True
+    ):
+        assert torch.equal(got, want)
+    fresh = WindowLayer(4)
+    fresh.update(k[:, :, :20], v[:, :, :20])
+    with pytest.raises(ValueError, match="activate_past_recording"):
+        fresh.crop(-8)
+
+
+def test_a_full_layer_writes_in_place_and_doubles() -> None:
+    layer = FullLayer()
+    k, v = tokens(600)
+    places = set()
+    for start in range(0, 600, 3):
+        got = layer.update(k[:, :, start : start + 3], v[:, :, start : start + 3])
+        places.add(got[0].data_ptr())
+    assert len(places) == 3  # 256, 512 and 1024 tokens
+    assert torch.equal(got[0], k) and torch.equal(got[1], v)
+    layer.crop(-100)
+    layer.reorder_cache(torch.tensor([1, 1]))
+    assert layer.get_seq_length() == 500
+    assert torch.equal(layer.keys, k[[1, 1], :, :500])
+    layer.batch_repeat_interleave(2)
+    assert layer.keys.shape[0] == 4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "qwen3_next"])
+def test_generated_text_is_the_same(family: str, tiny: Callable[..., Any]) -> None:
+    model = tiny(family)
+    options = {"attention_mask": KEPT, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    want = [model.generate(IDS, num_beams=beams, **options) for beams in (1, 3)]
+    model.set_attn_implementation("attnkit")
+    for beams, text in zip((1, 3), want, strict=True):
+        for cache in (attnkit.hf.Cache(model.config), attnkit.hf.Cache(model.config, max_length=24), None):
+            assert torch.equal(model.generate(IDS, num_beams=beams, cache=cache, **options), text)
+
+
+def test_a_sequence_past_its_bound_is_refused_and_kept(tiny: Callable[..., Any]) -> None:
+    model = tiny("llama", "attnkit")
+    cache = attnkit.hf.Cache(model.config, max_length=13)
+    with torch.no_grad():
+        model(IDS, cache=cache)
+        with pytest.raises(ValueError, match="made for 13 tokens and the sequence has reached 14"):
+            model(IDS[:, :2], cache=cache)
+    assert cache.get_seq_length() == 12 and cache.get_max_length() == 13
+
+
+def test_what_the_cache_cannot_do_is_refused(tiny: Callable[..., Any]) -> None:
+    model = tiny("llama", "attnkit")
+    with pytest.raises(NotImplementedError, match="cannot store int8 yet"):
+        attnkit.hf.Cache(model.config, dtype="int8")
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        model(IDS, cache=attnkit.hf.Cache(model.config))
+    with pytest.raises(NotImplementedError, match="the model computes torch.float32"), torch.no_grad():
+        model(IDS, cache=attnkit.hf.Cache(model.config, dtype="bf16"))
+    assert not isinstance(attnkit.hf.Cache(model.config), DynamicCache)
