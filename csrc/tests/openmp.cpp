@@ -32,7 +32,8 @@ class Team {
     moved_.wait(lock, [&] { return turn != turns_; });
   }
 
-  // The next chunk of loop `number`, or how many came to a `single` before. Threads may be in different loops where no one waits at the end. Relaxed, because a
+  // The next chunk of loop `number`, or how many came to a `single` before. Threads may be in different loops where no one
+  // waits at the end. Relaxed, because a
   // kernel must not count on sharing out a loop to order anything: a lock here would hide its races.
   int64_t take(size_t number) {
     if (number >= kMostLoops) std::abort();
