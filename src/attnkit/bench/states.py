@@ -28,6 +28,15 @@ def step(q: Tensor, held: Any) -> Callable[[], Tensor]:
     return partial(_named(attnkit, "softmax_attention_step"), q, held)
 
 
+def held(made: Any) -> tuple[Tensor, Tensor]:
+    """The keys and values that a state stands for: those of a quantised one in the float32 that it decodes to."""
+    if hasattr(made, "numbers"):
+        k, v = made.numbers()
+        return k, v
+    view = made.view()
+    return view.k, view.v
+
+
 def _contiguous(codec: str | None, k: Tensor, v: Tensor) -> Any:
     b, g, n, d = k.shape
     options = {} if codec is None else {"codec": codec}
@@ -39,7 +48,8 @@ def _contiguous(codec: str | None, k: Tensor, v: Tensor) -> Any:
 
 def _paged(page: int, k: Tensor, v: Tensor) -> Any:
     b, g, n, d = k.shape
-    return _named(state, "PagedKVState")(b, g, n, d, v.shape[3], page=page, dtype=k.dtype)
+    pool = _named(state, "PagePool")(b * -(-n // page), page, g, d, v.shape[3], dtype=k.dtype)
+    return _named(state, "PagedKVState")(pool, b)
 
 
 def _named(module: Any, name: str) -> Any:
