@@ -235,3 +235,20 @@ def test_without_kernels_there_is_nothing_to_measure(run: Any, monkeypatch: pyte
     monkeypatch.setattr(native, "STATUS", native.Status(available=False, reason="it was struck by lightning"))
     monkeypatch.setattr(native, "_LIBRARY", None)
     assert "it was struck by lightning" in run("bench", "--quick").error
+
+
+def test_a_refused_row_says_why_and_is_no_miss_of_a_floor(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = case(mechanism="gated", mask=None, peer=None)
+    monkeypatch.setattr(bench, "cases", lambda ids=(), quick=False, suite=(): (case(), alone))
+    done = run("bench", "--quick")
+    if "refused" not in done.out:
+        pytest.skip("this mechanism has a native kernel by now")
+    assert done.code == 0 and "refused: gated has no backend 'cpu'" in done.out
+    assert "of 1 rows hold their floors" in done.out
+
+
+def test_a_level_is_forced_for_the_run_alone(run: Any) -> None:
+    before, slowest = native.get_level(), native.STATUS.levels[0]
+    first, *_ = (json.loads(line) for line in run("bench", "--quick", "--level", slowest, "--json").out.splitlines())
+    assert first["machine"]["level"] == slowest and native.get_level() == before
+    assert "expected one of" in run("bench", "--level", "v9").error
