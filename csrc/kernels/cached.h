@@ -77,6 +77,15 @@ struct Scaled {
 };
 
 #if defined(ATTNKIT_BF16_DOT)
+// The upper halves of 16 and 16 lanes, one after the other.
+ATTNKIT_INLINE __m512i upper_halves(__m512i lo, __m512i hi) {
+  const __m512i odd = _mm512_add_epi16(
+      _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17,
+                                                              18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31)), 1),
+      _mm512_set1_epi16(1));
+  return _mm512_permutex2var_epi16(lo, odd, hi);
+}
+
 // f makes 32 bfloat16 numbers of 32 bytes; rows of a tile have room for whole vectors, rows of the cache have not.
 template <class F>
 ATTNKIT_INLINE void in_32s(BFloat16* to, const uint8_t* from, int64_t count, F f) {
@@ -100,7 +109,7 @@ struct Int8 {
     in_32s(to, from, count, [](__m256i codes) {
       const __m512 lo = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
       const __m512 hi = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
-      return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi, lo));
+      return upper_halves(_mm512_castps_si512(lo), _mm512_castps_si512(hi));
     });
   }
 #endif
@@ -182,6 +191,12 @@ struct Grouped {
     const BFloat16* zero = static_cast<const BFloat16*>(zeros) + at;
     for (int64_t start = 0; start < count; start += 128, codes += 64) {
       const int64_t width = least<int64_t>(count - start, 128);
+#if defined(ATTNKIT_BF16_DOT)
+      if constexpr (sizeof(N) == 2) {
+        convert_128(to + start, codes, width, scale + start / share, zero + start / share, share);
+        continue;
+      }
+#endif
       for (int64_t j = 0; j < width; j += 32) {
         // Pair i of these 32 channels is in bytes 2 i and 2 i + 1 of a narrow rest, else in every second byte.
         const int64_t step = width > 64 ? 2 : 1;
@@ -190,6 +205,33 @@ struct Grouped {
       }
     }
   }
+#if defined(ATTNKIT_BF16_DOT)
+  // The same for up to 128 channels in vectors: the even channels of 32 in one, the odd ones in another.
+  static ATTNKIT_INLINE void convert_128(BFloat16* to, const uint8_t* codes, int64_t width, const BFloat16* scale,
+                                         const BFloat16* zero, int64_t share) {
+    const __m512i x = width > 64
+                          ? _mm512_loadu_si512(codes)
+                          : _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    const __m512i four = _mm512_set1_epi32(15), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    for (int j = 0; 32 * j < width; ++j) {
+      const int numbers = static_cast<int>(least<int64_t>(width - 32 * j, 32));
+      const __m512i s = share == 1 ? load_pairs_first(scale + 32 * j, numbers)
+                                   : _mm512_set1_epi16(static_cast<int16_t>(scale[32 * j / share].bits));
+      const __m512i z = share == 1 ? load_pairs_first(zero + 32 * j, numbers)
+                                   : _mm512_set1_epi16(static_cast<int16_t>(zero[32 * j / share].bits));
+      const __m512i even = _mm512_and_si512(_mm512_srli_epi32(x, 4 * j), four);
+      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16 + 4 * j), four);
+      const Vec a = fma(_mm512_cvtepi32_ps(even), _mm512_castsi512_ps(_mm512_slli_epi32(s, 16)),
+                        _mm512_castsi512_ps(_mm512_slli_epi32(z, 16)));
+      const Vec b = fma(_mm512_cvtepi32_ps(odd), _mm512_castsi512_ps(_mm512_and_si512(s, upper)),
+                        _mm512_castsi512_ps(_mm512_and_si512(z, upper)));
+      const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(a), half), 16);
+      const __m512i high = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(b), half), upper);
+      _mm512_storeu_si512(to + 32 * j, _mm512_or_si512(low, high));
+    }
+  }
+#endif
   // 32 channels, whose codes are in the lower or upper half of every `step`-th byte.
   static ATTNKIT_INLINE void convert_32(N* to, const uint8_t* codes, int64_t step, int shift, int64_t count,
                                         const BFloat16* scale, const BFloat16* zero, bool each) {
