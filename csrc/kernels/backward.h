@@ -497,14 +497,14 @@ class Backward {
   void to_logits(const Work& w, const Head& h, const Meeting& p, int i, int j, int64_t row, Range r, float* scores) const {
     const int64_t query = p.first + i * kBlockQueries + row, key = (p.key_block + j) * kBlockKeys;
     const bool real = query < s_.m;
-    if (!logits_.plain && real) {
-      if (s_.softcap > 0) {
-        const Vec factor = splat(s_.scale / s_.softcap);
-        for (int64_t c = r.begin; c < r.end; c += kWidth) {
-          const Vec t = tanh(load(scores + c) * factor);
-          store(w.caps + row * kBlockKeys + c, splat(1.0f) - t * t);
-        }
+    if (s_.softcap > 0) {  // of rows past the end as well: a pair of rows is summed together
+      const Vec factor = splat(s_.scale / s_.softcap);
+      for (int64_t c = r.begin; c < r.end; c += kWidth) {
+        const Vec t = tanh(load(scores + c) * factor);
+        store(w.caps + row * kBlockKeys + c, splat(1.0f) - t * t);
       }
+    }
+    if (!logits_.plain && real) {
       logits_.apply(scores + r.begin, static_cast<int>((r.end - r.begin) / kWidth), h.batch, h.head, query, key + r.begin);
     }
     if (!p.partial[i][j]) return;
