@@ -144,8 +144,8 @@ def build(name: str, implementation: str = "eager", dtype: torch.dtype = torch.f
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "family" in metafunc.fixturenames:
-        metafunc.parametrize("family", list(FAMILIES))
+    if "each_family" in metafunc.fixturenames:
+        metafunc.parametrize("each_family", list(FAMILIES))
 
 
 @pytest.fixture

@@ -84,7 +84,8 @@ def softmax_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
-def test_family(family: str, tiny: Callable[..., Any], softmax_in_float64: None) -> None:
+def test_family(each_family: str, tiny: Callable[..., Any], softmax_in_float64: None) -> None:
+    family = each_family
     ours = tiny(family)
     ours.set_attn_implementation("attnkit")
     if family in OWN_ATTENTION | NO_ATTENTION:
