@@ -124,7 +124,7 @@ def test_quantised_bits_do_not_depend_on_the_batch(codec: Any) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", [None, "int8", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_hidden_nan_does_not_leak(codec: Any, dtype: torch.dtype) -> None:
     state = KVState(1, 2, 200, 64, dtype=dtype, codec=codec)
@@ -132,7 +132,7 @@ def test_a_hidden_nan_does_not_leak(codec: Any, dtype: torch.dtype) -> None:
     k[:, :, 100], v[:, :, 100] = torch.nan, torch.inf
     state.store(k, v)
     q = tokens(3, 1, 4, 3, 64, dtype)
-    for mask in (attnkit.window(60), attnkit.window(99), attnkit.dilated_window(40, 2)):
+    for mask in (attnkit.window(60), attnkit.dilated_window(40, 2), attnkit.window(99)):
         call = {"q": q, "state": state, "mask": mask}
         got = attnkit.softmax_attention_step(**call, return_lse=True, backend="cpu")
         wanted = attnkit.softmax_attention_step(**call, backend="reference")
