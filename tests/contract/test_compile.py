@@ -91,7 +91,16 @@ def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
     trained[8] = rich[8].detach()
     o, lse = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9)
     slopes = (q.detach(), k.detach(), v.detach(), o, lse, torch.randn_like(o), torch.randn_like(lse), dense)
-    slopes += (far, far, 0.25, torch.randn(2, 1, 9, 70), torch.rand(4), 2.0, torch.randn(4), [True, True, False, True, True])
+    slopes += (
+        far,
+        far,
+        0.25,
+        torch.randn(2, 1, 9, 70),
+        torch.rand(4),
+        2.0,
+        torch.randn(4),
+        [True, True, False, True, True],
+    )
     return [("softmax", plain), ("softmax", tuple(trained)), ("softmax_backward", slopes)]
 
 

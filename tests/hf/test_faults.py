@@ -37,8 +37,9 @@ def fault(kind: str) -> Callable[..., Any]:
         elif kind == "softcap dropped":
             kwargs["softcap"] = None
         elif kind == "mask missing":
-            kwargs["sliding_window"], mask = None, masks.CarriedMask(
-                attnkit.causal(), tuple(mask.shape), mask.keys, mask.device, None
+            kwargs["sliding_window"], mask = (
+                None,
+                masks.CarriedMask(attnkit.causal(), tuple(mask.shape), mask.keys, mask.device, None),
             )
         elif kind == "heads tiled":
             k, v = (x.repeat(1, q.shape[1] // k.shape[1], 1, 1) for x in (k, v))

@@ -115,7 +115,6 @@ def _packer(fields: tuple[tuple[str, type], ...]) -> Callable[..., bytes]:
 pack_softmax = _packer(SOFTMAX_FIELDS)
 pack_linear = _packer(linear.FIELDS)
 pack_latent = _packer(latent.FIELDS)
-pack_mask_node, pack_block_list, pack_selected = map(_packer, sparse.STRUCTS.values())
 pack_softmax_gradients = _packer(SOFTMAX_GRADIENT_FIELDS)
 pack_cache = _packer(cache.FIELDS)
 pack_mask_node, pack_block_list, pack_selected, pack_coarse = map(_packer, sparse.STRUCTS.values())

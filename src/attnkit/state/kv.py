@@ -11,7 +11,6 @@ from attnkit.state.codec import Codec, GroupedKeys, GroupedValues, ScaledRows, c
 from attnkit.state.tokens import TokenState, check_new_tokens
 from attnkit.state.view import View
 
-
 Rows = ScaledRows | GroupedKeys | GroupedValues
 
 

@@ -30,7 +30,9 @@ def rejects(call: Call) -> tuple[str, ...]:
         if not 1 <= size <= MOST_SIZE:
             reasons.append(f"{name} size is {size}, the native kernel takes 1 to {MOST_SIZE}")
     if isinstance(state, PagedKVState) and len(set(state.lengths)) > 1 and mask.interval() is None:
-        reasons.append(f"lengths are {state.lengths} and the mask is {mask!r}, the native kernel takes causal and windows")
+        reasons.append(
+            f"lengths are {state.lengths} and the mask is {mask!r}, the native kernel takes causal and windows"
+        )
     if torch.is_grad_enabled():
         tensors = {name: call[name] for name in ("q", "bias", "alibi", "sink") if call[name] is not None}
         if wanted := [name for name, x in tensors.items() if x.requires_grad]:

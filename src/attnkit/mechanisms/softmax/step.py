@@ -97,7 +97,9 @@ def call(
     b, h, m, d = (shapes.check(where, q=(q, "b h m d"))[axis] for axis in "bhmd")
     batch, groups, size, dtype, device = _held(state)
     if (b, d) != (batch, size):
-        raise ValueError(f"{where}: q has batch {b} and key size {d} but the state {batch} and {size}, expected the same")
+        raise ValueError(
+            f"{where}: q has batch {b} and key size {d} but the state {batch} and {size}, expected the same"
+        )
     shapes.check_groups(where, h, groups)
     if q.dtype != dtype or q.device != device:
         raise TypeError(f"{where}: q is {q.dtype} on {q.device} but the state {dtype} on {device}: cast one")
@@ -141,7 +143,9 @@ def _checked_mask(where: str, mask: Mask | None, b: int, h: int, m: int, lengths
     if mask is None:
         return causal()
     if not isinstance(mask, Mask):
-        raise TypeError(f"{where}: mask is a {type(mask).__name__}, expected a mask such as attnkit.window(128) or None")
+        raise TypeError(
+            f"{where}: mask is a {type(mask).__name__}, expected a mask such as attnkit.window(128) or None"
+        )
     for n in set(lengths):
         checked(where, mask, b, h, m, n)
     return mask & causal()
