@@ -1,4 +1,4 @@
-"""Quantised states: how far a number may be off, what is allocated, going back; and pages beside a plain list of tokens."""
+"""Quantised states: how far a number may be off, what is allocated, going back; pages beside a plain list of tokens."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def held(made: Any) -> tuple[Tensor, Tensor]:
 
 def _contiguous(codec: str | None, k: Tensor, v: Tensor) -> Any:
     b, g, n, d = k.shape
-    options = {} if codec is None else {"codec": codec}
+    options: dict[str, Any] = {} if codec is None else {"codec": codec}
     try:
         return state.KVState(b, g, n, d, v.shape[3], dtype=k.dtype, **options)
     except TypeError as error:

@@ -71,7 +71,7 @@ LEAVES: dict[type[Mask], Any] = {
 
 
 def build(mask: Mask, m: int, n: int, block_q: int, block_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """``offsets, columns, pattern, patterns`` of a ``BlockList``; None when the mask is not one that can be handed over."""
+    """``offsets, columns, pattern, patterns`` of a ``BlockList``; None when the mask cannot be handed over."""
     program = Program()
     if not native.STATUS.available or program.add(mask) is None:
         return None

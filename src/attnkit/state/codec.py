@@ -1,32 +1,35 @@
 """Quantised forms of keys and values inside a ``KVState``. The kernels read these layouts in place.
 
 ``int8``
-    Bytes ``(b, g, n, d)``, and a float32 scale for each token and head ``(b, g, n)``: a number is ``scale * code``, codes
-    are -127 to 127, and ``scale`` is the token's largest magnitude / 127.
+    Bytes ``(b, g, n, d)``, and a float32 scale for each token and head ``(b, g, n)``: a number is ``scale * code``,
+    codes are -127 to 127, and ``scale`` is the token's largest magnitude / 127.
 ``fp8``
-    The same with e4m3 codes (sign, 4 bits of exponent, 3 of mantissa, no infinities) and largest magnitude / 448. Numbers
-    below the smallest normal code, 2^-6, become 0 or that code: bfloat16 products flush subnormals, so none is written.
+    The same with e4m3 codes (sign, 4 bits of exponent, 3 of mantissa, no infinities) and largest magnitude / 448.
+    Numbers below the smallest normal code, 2^-6, become 0 or that code: bfloat16 products flush subnormals, so none is
+    written.
 ``int4`` (KIVI, arXiv 2402.02750)
-    A number is ``zero + scale * code``, codes are 0 to 15, scale and zero are bfloat16: ``zero`` the largest one that is
-    not above the smallest number, ``scale`` the smallest one with which code 15 reaches the largest number, so that no
-    number is off by more than half a scale. Keys have them for each channel and each ``GROUP`` tokens
-    ``(b, g, n / GROUP, d)``, values for each token and each ``CHANNELS`` channels ``(b, g, n, e / CHANNELS)``. Keys whose
-    group is not full yet wait in a ring of two groups in the state's dtype ``(b, g, 2 GROUP, d)``, token ``t`` in slot
-    ``t % (2 GROUP)``.
+    A number is ``zero + scale * code``, codes are 0 to 15, scale and zero are bfloat16: ``zero`` the largest one that
+    is not above the smallest number, ``scale`` the smallest one with which code 15 reaches the largest number, so that
+    no number is off by more than half a scale. Keys have them for each channel and each ``GROUP`` tokens ``(b, g, n /
+    GROUP, d)``, values for each token and each ``CHANNELS`` channels ``(b, g, n, e / CHANNELS)``. Keys whose group is
+    not full yet wait in a ring of two groups in the state's dtype ``(b, g, 2 GROUP, d)``, token ``t`` in slot ``t % (2
+    GROUP)``.
 
-    Codes of a token are packed by 128 channels into 64 bytes: channel ``32 j + 2 i + h`` is in byte
-    ``4 i + 2 h + j // 2``, its lower half for even ``j``. So each 32 bits hold pairs of neighbours 16 bits apart, and a
-    shift and a mask make a vector of 32 consecutive channels. A rest of up to 64 channels takes 32 bytes: byte ``2 i + h``.
+    Codes of a token are packed by 128 channels into 64 bytes: channel ``32 j + 2 i + h`` is in byte ``4 i + 2 h + j //
+    2``, its lower half for even ``j``. So each 32 bits hold pairs of neighbours 16 bits apart, and a shift and a mask
+    make a vector of 32 consecutive channels. A rest of up to 64 channels takes 32 bytes: byte ``2 i + h``.
 
-A token (with int4 a group) that holds a NaN or an infinity has a scale of NaN: all its numbers are then NaN.
+    A token (with int4 a group) that holds a NaN or an infinity has a scale of NaN: all its numbers are then NaN.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor
+
+_Rows = TypeVar("_Rows")
 
 Codec = Literal["int8", "int4", "fp8"]
 GROUP = 32
@@ -167,7 +170,7 @@ class GroupedKeys:
         return _selected(self, self.tensors, rows)
 
 
-def _selected(rows_of: Any, tensors: dict[str, Tensor], rows: Tensor) -> Any:
+def _selected(rows_of: _Rows, tensors: dict[str, Tensor], rows: Tensor) -> _Rows:
     other = object.__new__(type(rows_of))
     other.__dict__.update(rows_of.__dict__)
     for name, x in tensors.items():
@@ -194,7 +197,7 @@ def decode_scaled(codec: str, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def encode_affine(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale and zero (bfloat16, ``dim`` of size 1) and codes (uint8, as ``x``) of float32 ``x``, grouped along ``dim``."""
+    """Scale and zero (bfloat16, ``dim`` of size 1) and codes (uint8, as ``x``) of float32 ``x`` along ``dim``."""
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     zero = _toward(low, -torch.inf)
     scale = _toward((high - zero.float()) / 15, torch.inf)

@@ -139,7 +139,7 @@ class PagedKVState:
         counts = [m] * len(self._tables) if lengths is None else lengths
         if len(counts) != len(self._tables) or not all(0 <= count <= m for count in counts):
             raise ValueError(
-                f"{where}: lengths is {counts}, expected a number from 0 to {m} for each of {len(self._tables)} sequences"
+                f"{where}: lengths is {counts}, expected 0 to {m} for each of {len(self._tables)} sequences"
             )
         needed = self._needed(counts)
         if needed > pool.free:
@@ -187,7 +187,7 @@ class PagedKVState:
         """Copies of all keys and values, for sequences of one length; see ``read`` for others."""
         if len(set(self._lengths)) > 1:
             raise ValueError(
-                f"PagedKVState.view: the sequences hold {self._lengths} tokens, expected one length: read each by itself"
+                f"PagedKVState.view: the sequences hold {self._lengths} tokens, expected one length: read each alone"
             )
         parts = [self.read(row) for row in range(len(self._tables))]
         k, v = (torch.stack([part[i] for part in parts]) if parts else self._nothing(i) for i in (0, 1))

@@ -1,4 +1,4 @@
-"""The native kernel, forward only: queries that chose a block share its packed keys, and no partial result is stored."""
+"""The native kernel, forward only: queries that chose a block share its packed keys, no partial result is stored."""
 
 from __future__ import annotations
 

@@ -303,7 +303,7 @@ def _reference() -> Any:
 from attnkit.mechanisms.softmax.layer import SoftmaxAttention, SoftmaxConfig  # noqa: E402
 from attnkit.mechanisms.softmax.presets import PRESETS  # noqa: E402
 
-SPEC = Mechanism(
+SPEC: Mechanism = Mechanism(
     name="softmax",
     title="Softmax attention",
     equation="o = softmax(mask(softcap(q k^T * scale) + bias)) v",

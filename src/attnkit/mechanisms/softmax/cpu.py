@@ -65,7 +65,8 @@ def forward(
         return (o, lse) if return_lse else o
     listed = mask if interval is None else None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias, sink)):
-        o, lse = _Attention.apply(q, k, v, bias, sink, listed, left, right, scale, alibi, softcap)
+        apply: Any = _Attention.apply
+        o, lse = apply(q, k, v, bias, sink, listed, left, right, scale, alibi, softcap)
         return (o, lse) if return_lse else o
     o, maybe_lse = _run(q, k, v, listed, left, right, scale, bias, alibi, softcap, sink, return_lse)
     return o if maybe_lse is None else (o, maybe_lse)

@@ -38,18 +38,18 @@ def softmax_attention_step(
 ) -> Any:
     """Softmax attention of the newest ``m`` tokens over all that ``state`` holds, themselves included.
 
-    Query ``i`` of a sequence of ``n`` tokens stands at position ``n - m + i`` and sees no later one. Quantised and paged
-    states are read in place: their keys and values are never written out. The step of sequences of many lengths gives each
-    the bits that it has alone.
+    Query ``i`` of a sequence of ``n`` tokens stands at position ``n - m + i`` and sees no later one. Quantised and
+    paged states are read in place: their keys and values are never written out. The step of sequences of many lengths
+    gives each the bits that it has alone.
 
     Parameters
     ----------
     q: (b, h, m, d), float64, float32, bfloat16 or float16: the state's dtype; the KV heads of the state divide ``h``.
-    state: ``KVState`` (any codec), ``PagedKVState`` or ``WindowState``, to which the tokens of ``q`` were appended already.
-        A ring is read as it is, so several tokens at once need that none they see was overwritten.
+    state: ``KVState`` (any codec), ``PagedKVState`` or ``WindowState``, to which the tokens of ``q`` were appended
+        already. A ring is read as it is, so several tokens at once need that none they see was overwritten.
     mask: what may be seen of what is not later, such as ``attnkit.window(128)``; None is ``attnkit.causal()``.
     scale: multiplies ``q k^T``; ``d ** -0.5`` when None.
-    bias: added to the logits; broadcasts to (b, h, m, n), ``n`` the tokens of the longest sequence (of a ring: its slots).
+    bias: added to the logits; broadcasts to (b, h, m, n), ``n`` the tokens of the longest sequence, or a ring's slots.
     alibi, softcap, sink: as in ``attnkit.softmax_attention``.
     return_lse: also return the log-sum-exp of the logits, sink included, natural log.
     backend: "cpu" or "reference", which then runs or raises; None takes the first that can run.
@@ -106,8 +106,8 @@ def call(
     lengths = state.lengths if isinstance(state, PagedKVState) else [state.length] * b
     if lengths and m > min(lengths):
         raise ValueError(
-            f"{where}: got {m} queries and a sequence of {min(lengths)} tokens, expected at most as many queries: append "
-            f"their tokens first"
+            f"{where}: got {m} queries and a sequence of {min(lengths)} tokens, expected at most as many queries: "
+            f"append their tokens first"
         )
     n = max(lengths, default=0)
     if isinstance(state, WindowState):
@@ -117,10 +117,9 @@ def call(
                 f"{where}: got {m} queries and a ring that holds {n} of {state.length} tokens, expected 1 query: keys "
                 f"that the first one sees are overwritten, feed one token at a time"
             )
-    whole = WHOLE.call(  # the other arguments mean what they mean there
-        q, *(q.new_empty(1, 1, 1, 1).expand(b, groups, n, size) for size in (d, 1)), scale=scale, bias=bias, alibi=alibi,
-        softcap=softcap, sink=sink,
-    )  # fmt: skip
+    keys, values = (q.new_empty(1, 1, 1, 1).expand(b, groups, n, size) for size in (d, 1))
+    # The other arguments mean what they mean there.
+    whole = WHOLE.call(q, keys, values, scale=scale, bias=bias, alibi=alibi, softcap=softcap, sink=sink)
     return {
         "q": q,
         "state": state,
@@ -165,7 +164,7 @@ def reference(
     """Sequence by sequence over what the state's codes mean, in float32 at least."""
     work = torch.promote_types(q.dtype, torch.float32)
     b, _, m, _ = q.shape
-    results = []
+    results: list[Any] = []
     for row in range(b):
         k, v, positions = _numbers(state, row, work)
         n = k.shape[2]
