@@ -76,7 +76,7 @@ class KVState:
 
     @property
     def like(self) -> dict[str, Tensor]:
-        """Tensors ``(b, g, 1, size)`` with the shape, dtype and device of a token's ``k`` and ``v``,."""
+        """Tensors ``(b, g, 1, size)`` with the shape, dtype and device of a token's ``k`` and ``v``."""
         if isinstance(self._tokens, TokenState):
             return {name: x[:, :, :1] for name, x in self._tokens.buffers.items()}
         return self._tokens.like
