@@ -13,7 +13,7 @@ from attnkit.masks import UNBOUNDED, Mask, causal, checked
 from attnkit.masks.patterns import Interval
 from attnkit.mechanisms.softmax import cpu, flex, sdpa
 from attnkit.mechanisms.softmax.reference import forward as reference
-from attnkit.spec import Backend, Cost, Laws, Mechanism, Sizes
+from attnkit.spec import Backend, Call, Cost, Laws, Mechanism, Sizes
 from attnkit.state import KVState
 
 __all__ = [
@@ -283,6 +283,21 @@ def cost(sizes: Sizes, *, mask: Mask | None = None, itemsize: int = 4) -> Cost:
     )
 
 
+def _rounded(call: Call) -> tuple[str, ...]:
+    """Float32 gradients: those of the other backends start from less rounded weights.
+
+    The native backward computes weights again from a float32 log-sum-exp, which rounds by up to 5e-7 when logits are
+    about 10. That is nothing beside 16-bit numbers; in float32 the additive and differential mechanisms notice it.
+    """
+    q = call["q"]
+    if q.dtype != torch.float32 or not torch.is_grad_enabled():
+        return ()
+    wanted = [name for name in ("q", "k", "v", "bias") if call[name] is not None and call[name].requires_grad]
+    if not wanted:
+        return ()
+    return (f"float32 gradients of {', '.join(wanted)} are more exact elsewhere, name this backend to use it",)
+
+
 def _cpu() -> Any:
     return cpu.forward
 
@@ -319,7 +334,7 @@ SPEC: Mechanism = Mechanism(
     sample=sample,
     reference=reference,
     backends=(
-        Backend("cpu", _cpu, cpu.rejects),
+        Backend("cpu", _cpu, cpu.rejects, _rounded),
         Backend("sdpa", _sdpa, sdpa.rejects, finite_only=True),
         Backend("flex", _flex, flex.rejects, flex.declines, finite_only=True),
         Backend("reference", _reference),
