@@ -83,8 +83,8 @@ def attention(
     if isinstance(attention_mask, CarriedMask):
         if attention_mask.shape[-1] != keys:
             raise ValueError(
-                f"attnkit got a mask for {attention_mask.shape[-1]} keys and {keys} keys: the cache's get_mask_sizes and "
-                "update have to agree"
+                f"attnkit got a mask for {attention_mask.shape[-1]} keys and {keys} keys: the cache's get_mask_sizes "
+                "and update have to agree"
             )
         mask, keys = attention_mask.mask, attention_mask.keys
         _check_window(sliding_window, attention_mask.window, keys)

@@ -15,7 +15,7 @@ _LATER = ("int8", "int4", "fp8")
 
 
 class Cache(theirs.Cache):
-    """Keys and values of every layer in buffers allocated ahead: ``model.generate(..., past_key_values=Cache(config))``.
+    """Keys and values of every layer in buffers allocated ahead: ``model.generate(..., cache=Cache(config))``.
 
     Full attention keeps every token, in a buffer of ``max_length`` tokens or one that doubles; a sliding window or a
     chunk keeps what it can still see. Linear layers keep Transformers' own state, whose size is fixed.
@@ -77,13 +77,14 @@ class _Layer(theirs.CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, dtype: torch.dtype | None, max_length: int | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dtype, self.max_length = dtype, max_length
 
     def _check(self, k: Tensor, v: Tensor, length: int) -> None:
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise NotImplementedError(
-                "Cache is written in place and has no gradient: decode under torch.no_grad(), train with use_cache=False"
+                "Cache is written in place and has no gradient: decode under torch.no_grad() and train with "
+                "use_cache=False"
             )
         if self.dtype not in (None, k.dtype):
             raise NotImplementedError(
@@ -223,14 +224,9 @@ class WindowLayer(_Layer):
         """Bytes allocated."""
         return sum(buffer.nbytes for buffer in self._buffers or ())
 
-    @property
-    def cumulative_length(self) -> int:
-        """Tokens seen."""
-        return self._first + self._held
-
     def activate_past_recording(self) -> None:
         """Keep what ``crop`` may go back to, until it is called."""
-        self.record_past, self._since = True, self.cumulative_length
+        self.record_past, self._since = True, self.get_seq_length()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for sequences and heads like those of ``key_states`` ``(b, g, m, d)``."""
@@ -240,7 +236,7 @@ class WindowLayer(_Layer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store keys ``(b, g, m, d)`` and values ``(b, g, m, e)``; return those that the new tokens may see."""
-        m, length = key_states.shape[2], self.cumulative_length
+        m, length = key_states.shape[2], self.get_seq_length()
         self._check(key_states, value_states, length + m)
         if self._buffers is None or (length == 0 and self._buffers[0].shape[0] != key_states.shape[0]):
             self.lazy_initialization(key_states, value_states)
@@ -262,7 +258,7 @@ class WindowLayer(_Layer):
     def _replace(self, k: Tensor, v: Tensor, before: int) -> tuple[Tensor, Tensor]:
         """More new tokens than fit, as in a prefill: hand them on as they came, keep the last."""
         assert self._buffers is not None
-        m, length = k.shape[2], self.cumulative_length
+        m, length = k.shape[2], self.get_seq_length()
         kept = min(before + m, self.sliding_window - 1)
         seen = []
         for i, new in enumerate((k, v)):
@@ -281,7 +277,7 @@ class WindowLayer(_Layer):
         """Move the newest ``kept`` tokens to the front of a buffer with room for ``m`` more."""
         assert self._buffers is not None
         capacity = self._buffers[0].shape[2]
-        self._first, low = self.cumulative_length - kept, self._held - kept
+        self._first, low = self.get_seq_length() - kept, self._held - kept
         moved = [buffer[:, :, low : self._held].clone() for buffer in self._buffers]
         if kept + m > capacity or (capacity < 2 * self.sliding_window and kept > capacity // 2):
             bound = kept + m if self.record_past else 2 * self.sliding_window
@@ -293,16 +289,17 @@ class WindowLayer(_Layer):
 
     def _grow(self, capacity: int, k: Tensor, v: Tensor) -> None:
         with torch.inference_mode(False):
-            self._buffers = tuple(x.new_zeros(*x.shape[:2], capacity, x.shape[3]) for x in (k, v))  # type: ignore[assignment]
+            one, other = (x.new_zeros(*x.shape[:2], capacity, x.shape[3]) for x in (k, v))
+        self._buffers = one, other
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that ``query_length`` more tokens attend to, and the position of the first."""
-        before = min(self.cumulative_length, self.sliding_window - 1)
-        return before + query_length, self.cumulative_length - before
+        before = min(self.get_seq_length(), self.sliding_window - 1)
+        return before + query_length, self.get_seq_length() - before
 
     def get_seq_length(self) -> int:
         """Tokens seen, those let go of included."""
-        return self.cumulative_length
+        return self._first + self._held
 
     def get_max_length(self) -> int:
         """Tokens kept."""
@@ -314,7 +311,7 @@ class WindowLayer(_Layer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens; refused where the next query would see tokens let go of."""
-        length = self.cumulative_length
+        length = self.get_seq_length()
         left = _removed(tokens_to_remove, length)
         if left < length and max(0, left - (self.sliding_window - 1)) < self._first:
             raise ValueError(

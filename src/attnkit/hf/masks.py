@@ -19,8 +19,8 @@ from transformers import masking_utils as theirs
 from attnkit.masks import UNBOUNDED, Mask, causal, chunked, documents, explicit, full, padding
 from attnkit.masks.patterns import Interval
 
-# What a model may do to a mask of truth values: cut, repeat and combine it, and choose by it. Code written for a mask of
-# numbers to add would be wrong without a sign of it (0 means visible there, and hidden here), so all else is refused.
+# What a model may do to a mask of truth values: cut, repeat and combine it, and choose by it. Code written for a mask
+# of numbers to add would be wrong without a sign of it (0 means visible there, and hidden here): all else is refused.
 _KEEPS_TRUTH = frozenset(
     """
     _to_copy _unsafe_view all any bitwise_and bitwise_not bitwise_or clone expand flatten gather index index_select
@@ -31,7 +31,7 @@ _KEEPS_TRUTH = frozenset(
 
 
 class CarriedMask(Tensor):
-    """One of our masks dressed as a bool tensor ``(b, 1, m, n)`` without its numbers, which models hand from layer to layer.
+    """One of our masks dressed as a bool tensor ``(b, 1, m, n)`` without its numbers, to travel through a model.
 
     Models test a mask for None, take a slice that is all of it, move it to a device; all that leaves it whole. An
     operation that needs its numbers makes a plain dense tensor of it; arithmetic is refused.
@@ -47,7 +47,7 @@ class CarriedMask(Tensor):
     keys: int
     window: int | None
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's own idiom
 
     @staticmethod
     def __new__(cls, mask: Mask, shape: tuple[int, ...], keys: int, device: Any, window: int | None) -> CarriedMask:
@@ -58,7 +58,7 @@ class CarriedMask(Tensor):
     def __init__(self, *args: Any) -> None:
         super().__init__()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # theirs has no types
         return f"CarriedMask({self.mask!r}, shape={tuple(self.shape)}, keys={self.keys})"
 
     def dense(self) -> Tensor:
@@ -68,7 +68,9 @@ class CarriedMask(Tensor):
         return torch.nn.functional.pad(keep, (0, n - self.keys)).expand(self.shape[0], -1, m, n)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares the function that disables it
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         if isinstance(args[0], CarriedMask) and _leaves_whole(name, args, kwargs):
             one = args[0]
@@ -82,21 +84,22 @@ class CarriedMask(Tensor):
         return func(*args, **kwargs)
 
 
-def _leaves_whole(name: str, args: Any, kwargs: Any) -> bool:
+def _leaves_whole(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     match name:
         case "detach" | "alias" | "clone":
             return True
         case "_to_copy":
             return kwargs.get("dtype") in (None, torch.bool)
         case "slice":
-            mask, axis, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
-            return not start and (end is None or end >= mask.shape[axis]) and step == 1
+            defaults: tuple[Any, ...] = (0, None, None, 1)
+            axis, start, end, step = args[1:] + defaults[len(args) - 1 :]
+            return not start and (end is None or end >= args[0].shape[axis]) and bool(step == 1)
     return False
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where the call stands: the first ``keys`` keys begin at ``offset``; packed tokens have ``positions`` of their own."""
+    """Where the call stands: the first ``keys`` keys begin at ``offset``; packed ones have their own ``positions``."""
 
     offset: int
     keys: int
@@ -110,7 +113,7 @@ class _Frame:
 
 @dataclass(frozen=True)
 class _Reading:
-    """A translated mask, with ``later`` when it can show keys after the query, ``placed`` when it asks where queries are."""
+    """A translated mask; ``later``: it can show keys after the query; ``placed``: it asks where queries are."""
 
     mask: Mask
     later: bool
@@ -137,8 +140,8 @@ def _either(one: _Reading, other: _Reading) -> _Reading:
 
 def _held(function: Callable[..., Any]) -> dict[str, Any]:
     """The variables that a closure holds."""
-    cells = function.__closure__ or ()  # type: ignore[attr-defined]
-    names = function.__code__.co_freevars  # type: ignore[attr-defined]
+    cells = function.__closure__ or ()
+    names = function.__code__.co_freevars
     return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
 
 
@@ -262,8 +265,9 @@ def translate(
 ) -> tuple[Mask, int, int | None] | None:
     """A mask function and a padding mask ``(b, length)`` as one of our masks, for ``queries`` x ``keys``.
 
-    Returns the mask, how many of the keys it is for (the others are hidden by it), and its causal window if it has one.
-    None when the function is not one that Transformers makes, or when queries are not the last of the keys and it matters.
+    Returns the mask, how many of the keys it is for (the others are hidden by it), and its causal window if it has
+    one. None when the function is not one that Transformers makes, or when queries are not the last of the keys and it
+    matters.
     """
     whole = function if kept is None else theirs.and_masks(function, theirs.padding_mask_function(kept))
     reached = query_offset - key_offset + queries  # keys up to the last query, where a causal mask ends
@@ -308,11 +312,11 @@ def attention_mask(
         if found is not None:
             mask, keys, window = found
             return CarriedMask(mask, (batch_size, 1, q_length, kv_length), keys, torch.device(device), window)
-    dense = theirs.sdpa_mask(
+    made = theirs.sdpa_mask(
         batch_size,
         q_length,
         kv_length,
-        q_offset,
+        cast(int, q_offset),  # a tensor will do, and while a graph is compiled int() would break it
         kv_offset,
         mask_function,
         attention_mask,
@@ -320,8 +324,9 @@ def attention_mask(
         use_vmap=use_vmap,
         device=device,
     )
+    dense = cast(Tensor, made)  # None only where a skip is allowed
     if torch.compiler.is_compiling():
-        return cast(Tensor, dense)
+        return dense
     warnings.warn(
         f"attnkit does not know the mask function {getattr(mask_function, '__qualname__', mask_function)!r} and builds "
         f"its {q_length} x {kv_length} mask in full: correct, but slower and larger than the masks it knows",
