@@ -47,7 +47,9 @@ _LATENT = {
 }
 _LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
 _LINEAR["linear_value_head_dim"] = 16
-_INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
+# The indexer adds up what is positive of each head: with few heads many keys score 0, and which are chosen
+# is left to chance.
+_INDEXER = {"index_n_heads": 16, "index_head_dim": 16, "index_topk": 8}
 _WINDOW = {"sliding_window": 8}
 _THREE_LINEAR = {"layer_types": ["linear_attention"] * 3 + ["full_attention"]}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16}
@@ -73,7 +75,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dots1": _EXPERTS,
     "exaone4": _WINDOW,
     "falcon": {"head_dim": None},
-    "falcon_h1": {},
+    "falcon_h1": {"mamba_d_ssm": 128, **_MAMBA},
     "gemma2": {**_WINDOW, "query_pre_attn_scalar": 16},
     "gemma3_text": {**_WINDOW, "query_pre_attn_scalar": 16},
     "gemma4_text": {
@@ -89,12 +91,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {**_EXPERTS, **_WINDOW},
     "granite": {},
     "helium": {},
-    "hy_v4": _EXPERTS,
+    "hy_v4": {**_EXPERTS, **_INDEXER},
     "jamba": {
         **{"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
         **{"num_experts": 4, "use_mamba_kernels": False, "mamba_d_state": 8, "mamba_dt_rank": 4},
     },
-    "kimi_linear": {**_EXPERTS, **_LATENT, **_THREE_LINEAR, "linear_attn_config": None},
+    "kimi_linear": {**_EXPERTS, **_LATENT, **_THREE_LINEAR, "linear_head_dim": 16, "linear_num_heads": 4},
     "lfm2": {},
     "llama": {},
     "llama4_text": {**_EXPERTS, "attention_chunk_size": 7},
@@ -111,7 +113,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "modernbert-decoder": {},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 4, "max_seq_len": 128},
     "nanochat": {},
-    "nemotron_h": {},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1, "chunk_size": 16},
     "olmo2": {},
     "olmo3": _WINDOW,
     "olmo_hybrid": _LINEAR,

@@ -71,6 +71,8 @@ def test_a_full_layer_writes_in_place_and_doubles() -> None:
     assert torch.equal(layer.keys, k[[1, 1], :, :500])
     layer.batch_repeat_interleave(2)
     assert layer.keys.shape[0] == 4
+    layer.reset()
+    assert layer.get_seq_length() == 0 and layer.keys.shape[2] == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "qwen3_next"])
@@ -82,6 +84,23 @@ def test_generated_text_is_the_same(family: str, tiny: Callable[..., Any]) -> No
     for beams, text in zip((1, 3), want, strict=True):
         for cache in (attnkit.hf.Cache(model.config), attnkit.hf.Cache(model.config, max_length=24), None):
             assert torch.equal(model.generate(IDS, num_beams=beams, cache=cache, **options), text)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_prompt_lookup_writes_the_same_text(
+    family: str, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(family)
+    ids = IDS[:1, :4].repeat(1, 5)  # something to look up, and past the window of 8
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    want = model.generate(ids, **options)
+    model.set_attn_implementation("attnkit")
+    removed = []
+    crop = attnkit.hf.Cache.crop
+    monkeypatch.setattr(attnkit.hf.Cache, "crop", lambda self, count: (removed.append(count), crop(self, count)))
+    cache = attnkit.hf.Cache(model.config)
+    assert torch.equal(model.generate(ids, cache=cache, prompt_lookup_num_tokens=3, **options), want)
+    assert min(removed) < 0  # some guess was wrong and taken back
 
 
 def test_a_sequence_past_its_bound_is_refused_and_kept(tiny: Callable[..., Any]) -> None:

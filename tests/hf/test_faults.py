@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import attnkit
+from attnkit.dispatch import watch
 from attnkit.hf import masks
 from attnkit.hf.attention import attention
 from attnkit.masks.patterns import Interval
@@ -118,6 +119,32 @@ def test_what_would_change_the_result_is_refused(kwargs: dict[str, Any], error: 
 def test_windows_that_disagree_are_refused() -> None:
     with pytest.raises(ValueError, match="sliding_window=2"):
         attention(torch.nn.Module(), Q, Q, Q, None, sliding_window=2)
+
+
+def test_sinks_that_are_not_passed_are_refused() -> None:
+    module = torch.nn.Module()
+    module.sinks = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(NotImplementedError, match="does not pass them as s_aux"):
+        attention(module, Q, Q, Q, None)
+
+
+def test_dropout_is_honoured_by_the_reference() -> None:
+    q, v = torch.zeros(1, 50, 1, 4), torch.eye(4).expand(1, 50, 4, 4)
+    torch.manual_seed(0)
+    with watch() as ran:
+        weights = attention(torch.nn.Module(), q, v, v, None, dropout=0.5)[0]
+    assert set(weights.unique().tolist()) == {0.0, 0.5}  # four weights of 1/4, doubled where they are kept
+    assert 60 < int((weights == 0).sum()) < 140
+    assert {backend for _, backend in ran} == {"reference"}
+
+
+def test_masks_and_biases_of_the_caller_are_applied() -> None:
+    k, bias, added = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 3, 5), torch.randn(1, 1, 3, 5)
+    keep = torch.tensor([[True, False, True, True, False]]).expand(1, 1, 3, 5)
+    plain = torch.nn.functional.scaled_dot_product_attention
+    for mask, together in ((keep, bias.masked_fill(~keep, -torch.inf)), (added, bias + added)):
+        got = attention(torch.nn.Module(), Q, k, k, mask, position_bias=bias)[0].transpose(1, 2)
+        torch.testing.assert_close(got, plain(Q, k, k, attn_mask=together))
 
 
 def test_no_mask_is_causal_from_the_upper_left() -> None:

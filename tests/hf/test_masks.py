@@ -80,6 +80,13 @@ def test_an_unknown_function_is_built_in_full_with_a_warning() -> None:
     assert torch.equal(ours.dense()[0, 0], (torch.arange(6) % 2 == 0) & torch.ones(6, 6, dtype=torch.bool).tril())
 
 
+def test_a_mask_is_a_plain_tensor_while_a_graph_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    ours = attention_mask(2, 4, 4)
+    assert type(ours) is torch.Tensor
+    assert torch.equal(ours[0, 0], torch.ones(4, 4, dtype=torch.bool).tril())
+
+
 def test_a_mask_survives_what_models_do_to_it() -> None:
     ours = attention_mask(2, 4, 4)
     for same in (ours[:, :, :, :4], ours[..., :9], ours.to("cpu"), ours.detach(), ours.clone(), ours.bool()):
