@@ -91,7 +91,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {**_EXPERTS, **_WINDOW},
     "granite": {},
     "helium": {},
-    "hy_v4": {**_EXPERTS, **_INDEXER},
+    "hy_v4": {**_EXPERTS, **_LATENT, **_INDEXER},
     "jamba": {
         **{"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
         **{"num_experts": 4, "use_mamba_kernels": False, "mamba_d_state": 8, "mamba_dt_rank": 4},

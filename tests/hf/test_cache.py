@@ -50,6 +50,13 @@ def test_a_window_layer_goes_back_to_what_it_recorded() -> None:
         layer.update(k[:, :, 29:], v[:, :, 29:]), other.update(k[:, :, 29:], v[:, :, 29:]), strict=True
     ):
         assert torch.equal(got, want)
+    for start in range(22, 30):  # long enough to fill the buffer and move
+        layer.update(k[:, :, start : start + 1], v[:, :, start : start + 1])
+    layer.crop(-8)  # back to where the first crop left off and one more
+    for got, want in zip(
+        layer.update(k[:, :, 22:23], v[:, :, 22:23]), other.update(k[:, :, 22:23], v[:, :, 22:23]), strict=True
+    ):
+        assert torch.equal(got, want)
     fresh = WindowLayer(4)
     fresh.update(k[:, :, :20], v[:, :, :20])
     with pytest.raises(ValueError, match="activate_past_recording"):
