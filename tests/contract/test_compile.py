@@ -101,12 +101,14 @@ def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
         torch.randn(4),
         [True, True, False, True, True],
     )
-    return [("softmax", plain), ("softmax", tuple(trained)), ("softmax_backward", slopes)]
+    # Keys of 10 + 6 channels and values of 8 for 4 heads, from latents of 12.
+    latent = (q.detach(), torch.randn(2, 1, 70, 12 + 6), torch.randn(4, 10 + 8, 12), far, 0, 0.25)
+    return [("softmax", plain), ("softmax", tuple(trained)), ("softmax_backward", slopes), ("latent", latent)]
 
 
 @pytest.mark.skipif(not native.STATUS.available, reason=f"no native library: {native.STATUS.reason}")
-@pytest.mark.parametrize(("name", "arguments"), operator_calls(), ids=["plain", "every feature", "backward"])
-def test_softmax_operator_check(name: str, arguments: tuple[Any, ...]) -> None:
+@pytest.mark.parametrize(("name", "arguments"), operator_calls(), ids=["plain", "every feature", "backward", "latent"])
+def test_operator_check(name: str, arguments: tuple[Any, ...]) -> None:
     """Schema, fake shapes and strides, and AOT dispatch agree with the real operator."""
     torch.library.opcheck(getattr(torch.ops.attnkit, name), arguments)
 
