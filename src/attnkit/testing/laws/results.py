@@ -55,7 +55,7 @@ def gradients(spec: Mechanism, backend: str, rng: random.Random) -> None:
     runs.assert_gradients_match(spec, backend, arguments, seed=rng.randrange(1 << 30))
 
 
-@law(examples=1)
+@law(examples=4)
 def gradients_or_a_reason(spec: Mechanism, backend: str, rng: random.Random) -> None:
     """A backend without gradients refuses inputs that want one, and runs them under ``no_grad``."""
     arguments = samplers.arguments(spec, rng, only=(), layouts=False)
