@@ -76,12 +76,43 @@ struct Scaled {
   const int64_t key_row_, value_row_;
 };
 
+#if defined(ATTNKIT_BF16_DOT)
+// The upper halves of 16 and 16 lanes, one after the other.
+ATTNKIT_INLINE __m512i upper_halves(__m512i lo, __m512i hi) {
+  const __m512i odd = _mm512_add_epi16(
+      _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17,
+                                                              18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31)), 1),
+      _mm512_set1_epi16(1));
+  return _mm512_permutex2var_epi16(lo, odd, hi);
+}
+
+// f makes 32 bfloat16 numbers of 32 bytes; rows of a tile have room for whole vectors, rows of the cache have not.
+template <class F>
+ATTNKIT_INLINE void in_32s(BFloat16* to, const uint8_t* from, int64_t count, F f) {
+  int64_t j = 0;
+  for (; j + 32 <= count; j += 32)
+    _mm512_storeu_si512(to + j, f(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + j))));
+  if (j < count)
+    _mm512_storeu_si512(to + j, f(_mm256_maskz_loadu_epi8((uint32_t{1} << (count - j)) - 1, from + j)));
+}
+#endif
+
 // Signed bytes.
 struct Int8 {
   static ATTNKIT_INLINE void convert(float* to, const uint8_t* from, int64_t count) {
     const int8_t* codes = reinterpret_cast<const int8_t*>(from);
     for (int64_t j = 0; j < count; ++j) to[j] = static_cast<float>(codes[j]);
   }
+#if defined(ATTNKIT_BF16_DOT)
+  // Exact: 7 bits and a sign fit bfloat16.
+  static ATTNKIT_INLINE void convert(BFloat16* to, const uint8_t* from, int64_t count) {
+    in_32s(to, from, count, [](__m256i codes) {
+      const __m512 lo = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
+      const __m512 hi = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
+      return upper_halves(_mm512_castps_si512(lo), _mm512_castps_si512(hi));
+    });
+  }
+#endif
 };
 
 // Sign, 4 bits of exponent whose bias is 7, 3 of mantissa. The codec writes no subnormal codes: 0 is the only number of
@@ -94,14 +125,26 @@ struct Fp8 {
       __builtin_memcpy(to + j, &bits, sizeof bits);
     }
   }
+#if defined(ATTNKIT_BF16_DOT)
+  static ATTNKIT_INLINE void convert(BFloat16* to, const uint8_t* from, int64_t count) {
+    in_32s(to, from, count, [](__m256i codes) {
+      const __m512i x = _mm512_cvtepu8_epi16(codes);
+      const __m512i size = _mm512_and_si512(_mm512_slli_epi16(x, 4), _mm512_set1_epi16(0x7f0));
+      const __m512i number =
+          _mm512_maskz_add_epi16(_mm512_test_epi16_mask(size, size), size, _mm512_set1_epi16((127 - 7) << 7));
+      const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(x, 8), _mm512_set1_epi16(static_cast<int16_t>(0x8000)));
+      return _mm512_or_si512(number, sign);
+    });
+  }
+#endif
 };
 
 // Half bytes: a number is zero + scale * code. Keys have both for each channel and group of tokens, values for each token
 // and group of channels; the keys of the last group wait as numbers until it is full.
-template <class A>
+template <class A, class N>
 struct Grouped {
   using Asked = A;
-  using Number = float;
+  using Number = N;
   static constexpr bool kScales = false, kConverts = true;
 
   explicit Grouped(const attnkit_cache& cache)
@@ -109,27 +152,27 @@ struct Grouped {
   int64_t length(int64_t batch) const { return c_.lengths ? c_.lengths[batch] : c_.n; }
   int64_t tile_numbers() const { return kWalkKeys * (key_row_ + value_row_); }
 
-  void open(Tile<float>& tile, float* memory, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end,
+  void open(Tile<N>& tile, N* memory, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end,
             int64_t next, int64_t n) const {
     const uint8_t* k = static_cast<const uint8_t*>(c_.k) + batch * c_.k_b + group * c_.k_g;
     const uint8_t* v = static_cast<const uint8_t*>(c_.v) + batch * c_.v_b + group * c_.v_g;
     const int64_t at_keys = batch * c_.k_scale_b + group * c_.k_scale_g + first / c_.group * c_.d;
-    const int64_t at_values = batch * c_.v_scale_b + group * c_.v_scale_g, parts = ceil_div(c_.e, c_.channels);
+    const int64_t parts = ceil_div(c_.e, c_.channels);
+    const int64_t at_values = batch * c_.v_scale_b + group * c_.v_scale_g + first * parts;
     const A* recent = static_cast<const A*>(c_.recent) + batch * c_.recent_b + group * c_.recent_g;
     const bool waits = first >= n / c_.group * c_.group;
-    float* values = memory + kWalkKeys * key_row_;
+    N* values = memory + kWalkKeys * key_row_;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t token = first + i;
-      float* key = memory + i * key_row_;
+      N* key = memory + i * key_row_;
       if (next < n) prefetch_row(k + (next + i) * c_.k_n, ceil_div(c_.d, 2));
       if (next < n) prefetch_row(v + (next + i) * c_.v_n, ceil_div(c_.e, 2));
       if (waits) {
-        const A* row = recent + token % (2 * c_.group) * c_.d;
-        for (int64_t j = 0; j < c_.d; j += kWidth) store_some(key + j, load_some(row + j, c_.d - j), kWidth);
+        const A* row = recent + (first + i) % (2 * c_.group) * c_.d;
+        for (int64_t j = 0; j < c_.d; j += kWidth) store(key + j, load_some(row + j, c_.d - j));
       } else {
-        convert(key, k + token * c_.k_n, c_.d, c_.k_scale, c_.k_zero, at_keys, 1);
+        convert(key, k + (first + i) * c_.k_n, c_.d, c_.k_scale, c_.k_zero, at_keys, 1);
       }
-      convert(values + i * value_row_, v + token * c_.v_n, c_.e, c_.v_scale, c_.v_zero, at_values + token * parts,
+      convert(values + i * value_row_, v + (first + i) * c_.v_n, c_.e, c_.v_scale, c_.v_zero, at_values + i * parts,
               c_.channels);
     }
     for (int64_t i = 0; i < kWalkKeys; ++i) {
@@ -141,18 +184,75 @@ struct Grouped {
   }
 
  private:
-  // Scale and zero of channel c are number at + c / share of theirs.
-  static void convert(float* to, const uint8_t* codes, int64_t count, const void* scales, const void* zeros, int64_t at,
-                      int64_t share) {
+  // One row. Scale and zero of channel c are number at + c / share of theirs.
+  static ATTNKIT_INLINE void convert(N* to, const uint8_t* codes, int64_t count, const void* scales, const void* zeros,
+                                     int64_t at, int64_t share) {
     const BFloat16* scale = static_cast<const BFloat16*>(scales) + at;
     const BFloat16* zero = static_cast<const BFloat16*>(zeros) + at;
-    for (int64_t c = 0; c < count; ++c) {
-      const int64_t place = c % 128, width = count - (c - place) > 64 ? 4 : 2;
-      const uint8_t byte = codes[c / 128 * 64 + place % 32 * width / 2 + (width == 4 ? place / 64 : 0)];
-      const int code = place / 32 % 2 ? byte >> 4 : byte & 15;
-      to[c] = number(zero[c / share]) + number(scale[c / share]) * static_cast<float>(code);
+    for (int64_t start = 0; start < count; start += 128, codes += 64) {
+      const int64_t width = least<int64_t>(count - start, 128);
+#if defined(ATTNKIT_BF16_DOT)
+      if constexpr (sizeof(N) == 2) {
+        convert_128(to + start, codes, width, scale + start / share, zero + start / share, share);
+        continue;
+      }
+#endif
+      for (int64_t j = 0; j < width; j += 32) {
+        // Pair i of these 32 channels is in bytes 2 i and 2 i + 1 of a narrow rest, else in every second byte.
+        const int64_t step = width > 64 ? 2 : 1;
+        convert_32(to + start + j, codes + (j >= 64 ? 1 : 0), step, j / 32 % 2 * 4, least<int64_t>(width - j, 32),
+                   scale + (start + j) / share, zero + (start + j) / share, share == 1);
+      }
     }
   }
+#if defined(ATTNKIT_BF16_DOT)
+  // The same for up to 128 channels in vectors: the even channels of 32 in one, the odd ones in another.
+  static ATTNKIT_INLINE void convert_128(BFloat16* to, const uint8_t* codes, int64_t width, const BFloat16* scale,
+                                         const BFloat16* zero, int64_t share) {
+    const __m512i x = width > 64
+                          ? _mm512_loadu_si512(codes)
+                          : _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    const __m512i four = _mm512_set1_epi32(15), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    for (int j = 0; 32 * j < width; ++j) {
+      const int numbers = static_cast<int>(least<int64_t>(width - 32 * j, 32));
+      const __m512i s = share == 1 ? load_pairs_first(scale + 32 * j, numbers)
+                                   : _mm512_set1_epi16(static_cast<int16_t>(scale[32 * j / share].bits));
+      const __m512i z = share == 1 ? load_pairs_first(zero + 32 * j, numbers)
+                                   : _mm512_set1_epi16(static_cast<int16_t>(zero[32 * j / share].bits));
+      const __m512i even = _mm512_and_si512(_mm512_srli_epi32(x, 4 * j), four);
+      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16 + 4 * j), four);
+      const Vec a = fma(_mm512_cvtepi32_ps(even), _mm512_castsi512_ps(_mm512_slli_epi32(s, 16)),
+                        _mm512_castsi512_ps(_mm512_slli_epi32(z, 16)));
+      const Vec b = fma(_mm512_cvtepi32_ps(odd), _mm512_castsi512_ps(_mm512_and_si512(s, upper)),
+                        _mm512_castsi512_ps(_mm512_and_si512(z, upper)));
+      const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(a), half), 16);
+      const __m512i high = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(b), half), upper);
+      _mm512_storeu_si512(to + 32 * j, _mm512_or_si512(low, high));
+    }
+  }
+#endif
+  // 32 channels, whose codes are in the lower or upper half of every `step`-th byte.
+  static ATTNKIT_INLINE void convert_32(N* to, const uint8_t* codes, int64_t step, int shift, int64_t count,
+                                        const BFloat16* scale, const BFloat16* zero, bool each) {
+    float numbers[32], scales[32], zeros[32];
+    if (step == 2) {
+      for (int64_t i = 0; i < 32; ++i) numbers[i] = static_cast<float>(codes[2 * i] >> shift & 15);
+    } else {
+      for (int64_t i = 0; i < 32; ++i) numbers[i] = static_cast<float>(codes[i] >> shift & 15);
+    }
+    for (int64_t i = 0; i < 32; i += kWidth) {
+      if (each) {
+        store(scales + i, i < count ? load_some(scale + i, count - i) : zero_vector());
+        store(zeros + i, i < count ? load_some(zero + i, count - i) : zero_vector());
+      } else {
+        store(scales + i, splat(number(*scale)));
+        store(zeros + i, splat(number(*zero)));
+      }
+      store(to + i, fma(load(scales + i), load(numbers + i), load(zeros + i)));
+    }
+  }
+  static ATTNKIT_INLINE Vec zero_vector() { return splat(0.0f); }
   static ATTNKIT_INLINE float number(BFloat16 x) {
     const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
     float y;

@@ -33,6 +33,12 @@ template <class T>
 struct Converted {
   using Number = float;
 };
+#if defined(ATTNKIT_BF16_DOT)
+template <>
+struct Converted<BFloat16> {
+  using Number = BFloat16;
+};
+#endif
 
 template <class T, class F>
 auto with_store(const attnkit_cache& c, F f) {
@@ -40,7 +46,7 @@ auto with_store(const attnkit_cache& c, F f) {
   switch (c.form) {
     case ATTNKIT_INT8: return f(Scaled<Int8, T, Number>(c));
     case ATTNKIT_FP8: return f(Scaled<Fp8, T, Number>(c));
-    case ATTNKIT_INT4: return f(Grouped<T>(c));
+    case ATTNKIT_INT4: return f(Grouped<T, Number>(c));
     default: return f(Plain<T>(c));
   }
 }
