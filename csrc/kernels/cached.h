@@ -1,23 +1,24 @@
 // Stores of a decoding state: pages, and quantised forms. See stores.h.
 
 // Numbers as they are, contiguous or on pages; every sequence has its own length.
-template <class T>
+template <class T, class R>
 struct Plain {
   using Asked = T;
   using Number = T;
+  using Rows = R;
   static constexpr bool kScales = false, kConverts = false;
 
   explicit Plain(const attnkit_cache& cache) : c_(cache) {}
   int64_t length(int64_t batch) const { return c_.lengths ? c_.lengths[batch] : c_.n; }
   int64_t tile_numbers() const { return 0; }
 
-  void open(Tile<T>& tile, T*, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end, int64_t next,
+  void open(Tile<Rows>& tile, T*, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end, int64_t next,
             int64_t n) const {
     const RowPlaces<T> keys = places(c_.k, c_.k_b, c_.k_g, c_.k_n, batch, group);
-    keys.fill(tile.keys, first, begin, end);
-    places(c_.v, c_.v_b, c_.v_g, c_.v_n, batch, group).fill(tile.values, first, begin, end);
-    if (next < n) keys.fill(tile.next, next, 0, least(kWalkKeys, n - next));
-    if (next >= n) tile.next[0] = nullptr;
+    keys.find(tile.keys, first, begin, end);
+    places(c_.v, c_.v_b, c_.v_g, c_.v_n, batch, group).find(tile.values, first, begin, end);
+    tile.fetch = next < n;
+    if (tile.fetch) keys.find(tile.next, next, 0, least(kWalkKeys, n - next));
   }
 
  private:
@@ -35,6 +36,7 @@ template <class Form, class A, class N>
 struct Scaled {
   using Asked = A;
   using Number = N;
+  using Rows = EvenRows<N>;
   static constexpr bool kScales = true, kConverts = true;
 
   explicit Scaled(const attnkit_cache& cache)
@@ -42,32 +44,31 @@ struct Scaled {
   int64_t length(int64_t batch) const { return c_.lengths ? c_.lengths[batch] : c_.n; }
   int64_t tile_numbers() const { return kWalkKeys * (key_row_ + value_row_); }
 
-  void open(Tile<N>& tile, N* memory, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end,
+  void open(Tile<Rows>& tile, N* memory, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end,
             int64_t next, int64_t n) const {
     const uint8_t* k = static_cast<const uint8_t*>(c_.k) + batch * c_.k_b + group * c_.k_g;
     const uint8_t* v = static_cast<const uint8_t*>(c_.v) + batch * c_.v_b + group * c_.v_g;
     const bool fetch = next < n;
-    convert(tile.keys, memory, key_row_, k, c_.k_n, c_.d, first, begin, end, fetch ? k + next * c_.k_n : nullptr);
-    convert(tile.values, memory + kWalkKeys * key_row_, value_row_, v, c_.v_n, c_.e, first, begin, end,
+    tile.keys = {memory, key_row_};
+    tile.values = {memory + kWalkKeys * key_row_, value_row_};
+    convert(memory, key_row_, k, c_.k_n, c_.d, first, begin, end, fetch ? k + next * c_.k_n : nullptr);
+    convert(memory + kWalkKeys * key_row_, value_row_, v, c_.v_n, c_.e, first, begin, end,
             fetch ? v + next * c_.v_n : nullptr);
     const float* k_scale = static_cast<const float*>(c_.k_scale) + batch * c_.k_scale_b + group * c_.k_scale_g;
     const float* v_scale = static_cast<const float*>(c_.v_scale) + batch * c_.v_scale_b + group * c_.v_scale_g;
     scales(tile.key_scale, k_scale, first, begin, end);
     scales(tile.value_scale, v_scale, first, begin, end);
-    tile.next[0] = nullptr;
+    tile.fetch = false;
   }
 
  private:
   // Fetching past the last token does no harm.
-  static void convert(const N** to, N* memory, int64_t row, const uint8_t* codes, int64_t stride, int64_t numbers,
-                      int64_t first, int64_t begin, int64_t end, const uint8_t* next) {
+  static void convert(N* memory, int64_t row, const uint8_t* codes, int64_t stride, int64_t numbers, int64_t first,
+                      int64_t begin, int64_t end, const uint8_t* next) {
     for (int64_t i = begin; i < end; ++i) {
       if (next) prefetch_row(next + i * stride, numbers);
       Form::convert(memory + i * row, codes + (first + i) * stride, numbers);
-      to[i] = memory + i * row;
     }
-    for (int64_t i = 0; i < begin; ++i) to[i] = to[begin];
-    for (int64_t i = end; i < kWalkKeys; ++i) to[i] = to[end - 1];
   }
   static void scales(float* to, const float* from, int64_t first, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < kWalkKeys; ++i) to[i] = i < begin || i >= end ? 0.0f : from[first + i];
@@ -145,6 +146,7 @@ template <class A, class N>
 struct Grouped {
   using Asked = A;
   using Number = N;
+  using Rows = EvenRows<N>;
   static constexpr bool kScales = false, kConverts = true;
 
   explicit Grouped(const attnkit_cache& cache)
@@ -152,7 +154,7 @@ struct Grouped {
   int64_t length(int64_t batch) const { return c_.lengths ? c_.lengths[batch] : c_.n; }
   int64_t tile_numbers() const { return kWalkKeys * (key_row_ + value_row_); }
 
-  void open(Tile<N>& tile, N* memory, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end,
+  void open(Tile<Rows>& tile, N* memory, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end,
             int64_t next, int64_t n) const {
     const uint8_t* k = static_cast<const uint8_t*>(c_.k) + batch * c_.k_b + group * c_.k_g;
     const uint8_t* v = static_cast<const uint8_t*>(c_.v) + batch * c_.v_b + group * c_.v_g;
@@ -175,12 +177,9 @@ struct Grouped {
       convert(values + i * value_row_, v + (first + i) * c_.v_n, c_.e, c_.v_scale, c_.v_zero, at_values + i * parts,
               c_.channels);
     }
-    for (int64_t i = 0; i < kWalkKeys; ++i) {
-      const int64_t nearest = clamp(i, begin, end - 1);
-      tile.keys[i] = memory + nearest * key_row_;
-      tile.values[i] = values + nearest * value_row_;
-    }
-    tile.next[0] = nullptr;
+    tile.keys = {memory, key_row_};
+    tile.values = {values, value_row_};
+    tile.fetch = false;
   }
 
  private:

@@ -2,7 +2,7 @@
 //
 // The keys of a sequence are cut into ranges by their number alone, so a row's result depends neither on the batch nor on
 // the threads; ranges are merged by their log-sum-exp. A range is walked in tiles of 32 keys: products with all query rows,
-// weights, sum over values. Where a key lies is the Store's business (stores.h): it gives each tile the addresses of its 32
+// weights, sum over values. Where a key lies is the Store's business (stores.h): it gives each tile the places of its 32
 // keys and values, straight in the cache or, where the cache is quantised, in a tile that it has just converted. So all
 // forms of a cache go through the same operations in the same order.
 
@@ -11,7 +11,7 @@ constexpr int64_t kSplitKeys = 512;
 constexpr int64_t kMostSplits = 64;
 // Ranges of one KV head that a thread takes in a row, so that it can fetch the start of the next.
 constexpr int64_t kMostRun = 4;
-constexpr int64_t kScoreRow = kBlockKeys + kWidth;  // room for the last chunk of keys to run over
+constexpr int64_t kScoreRow = kWalkKeys + kWidth;  // room for the last chunk of keys to run over
 
 // Products of query and key rows, a vector of the row at a time.
 template <class T>
@@ -64,6 +64,7 @@ template <class Store>
 class Decode {
   using Asked = typename Store::Asked;
   using Number = typename Store::Number;
+  using Rows = typename Store::Rows;
   using Product = RowProduct<Number>;
   using Query = typename Product::Query;
 
@@ -173,68 +174,68 @@ class Decode {
     const int64_t begin = __builtin_ctzll(any), end = kBlockKeys - __builtin_clzll(any);
     for (int64_t first = begin / kWalkKeys * kWalkKeys; first < end; first += kWalkKeys) {
       const int64_t after = first + kWalkKeys;
-      attend_tile(w, s, batch, head, key_block * kBlockKeys, first, most(begin, first), least(end, after),
-                  after < end ? key_block * kBlockKeys + after : next_key);
+      attend_tile(w, s, batch, head, key_block * kBlockKeys, first, most(begin, first) - first,
+                  least(end, after) - first, after < end ? key_block * kBlockKeys + after : next_key);
     }
   }
 
-  // Keys [begin, end) of the block that starts at `key`, in the tile from `first` on; those at `next_key` come after them.
-  void attend_tile(const Work& w, const attnkit_softmax& s, int64_t batch, int64_t head, int64_t key, int64_t first,
+  // Keys [begin, end) of the tile that starts at number `first` of the block at `block`; those at `next_key` come after.
+  void attend_tile(const Work& w, const attnkit_softmax& s, int64_t batch, int64_t head, int64_t block, int64_t first,
                    int64_t begin, int64_t end, int64_t next_key) const {
-    Tile<Number> tile;
-    store_.open(tile, w.numbers, batch, head / (s.h / s.g), key + first, begin - first, end - first, next_key, s.n);
+    Tile<Rows> tile;
+    store_.open(tile, w.numbers, batch, head / (s.h / s.g), block + first, begin, end, next_key, s.n);
     in_rows([&](auto rows, int64_t r) { score<rows.count>(w, tile, begin, end, r); });
     uint64_t every = kAll;
     for (int64_t i = 0; i < s.m; ++i) every &= w.words[i];
     const Logits logits(s);
-    for (int64_t r = 0; r < rows_; ++r) weigh(w, logits, tile, batch, head, key, begin, end, r);
-    const uint64_t read = bit_range(begin, end);
+    for (int64_t r = 0; r < rows_; ++r) weigh(w, logits, tile, batch, head, block, first, begin, end, r);
+    const uint64_t read = bit_range(first + begin, first + end);
     const bool hidden = s.bias || (every & read) != read;
     if (hidden && !finite(tile, begin, end)) {
       add_visible_values(w, tile, begin, end);
     } else {
       in_rows([&](auto rows, int64_t r) {
-        add_values<rows.count>(w, tile.values, begin, end, r, r == 0 ? tile.next : nullptr);
+        add_values<rows.count>(w, tile.values, begin, end, r, r == 0 && tile.fetch ? &tile.next : nullptr);
       });
     }
   }
 
   // Calls f for all rows, four, two or one at a time.
   template <int kCount>
-  struct Rows {
+  struct RowCount {
     static constexpr int count = kCount;
   };
   template <class F>
   ATTNKIT_INLINE void in_rows(F f) const {
     int64_t r = 0;
-    for (; r + 4 <= rows_; r += 4) f(Rows<4>(), r);
+    for (; r + 4 <= rows_; r += 4) f(RowCount<4>(), r);
     if (r + 2 <= rows_) {
-      f(Rows<2>(), r);
+      f(RowCount<2>(), r);
       r += 2;
     }
-    if (r < rows_) f(Rows<1>(), r);
+    if (r < rows_) f(RowCount<1>(), r);
   }
 
   // Products of kCount rows with as many keys at a time as give one vector of sums. Keys and values take turns, and the
   // processor does not guess that: whoever works on one fetches the other, a row at a time. Keys are read one after the
   // other, as they lie in memory: reading four at once halves what the processor fetches by itself.
   template <int kCount>
-  void score(const Work& w, const Tile<Number>& tile, int64_t begin, int64_t end, int64_t r) const {
+  void score(const Work& w, const Tile<Rows>& tile, int64_t begin, int64_t end, int64_t r) const {
     constexpr int kKeys = kWidth / kCount;
     const Query* queries = w.queries + r * query_vectors_ * kWidth;
     const int64_t query_row = query_vectors_ * kWidth, whole = s_.d / Product::kNumbers;
     const int tail = static_cast<int>(s_.d - whole * Product::kNumbers);
     for (int64_t c = begin; c < end; c += kKeys) {
-      const int64_t last = (end - 1) % kWalkKeys;
+      const int64_t last = end - 1;
       const Number* row[kKeys];
 #pragma GCC unroll 16
-      for (int k = 0; k < kKeys; ++k) row[k] = tile.keys[least(c % kWalkKeys + k, last)];
+      for (int k = 0; k < kKeys; ++k) row[k] = tile.keys[least(c + k, last)];
       Vec acc[kWidth];
 #pragma GCC unroll 16
       for (int j = 0; j < kWidth; ++j) acc[j] = zero();
 #pragma GCC unroll 16
       for (int k = 0; k < kKeys; ++k) {
-        if (r == 0 && !Store::kConverts) prefetch_row(tile.values[least(c % kWalkKeys + k, last)], s_.e);
+        if (r == 0 && !Store::kConverts) prefetch_row(tile.values[least(c + k, last)], s_.e);
         for (int64_t j = 0; j < whole; ++j) {
           const auto x = Product::load_key(row[k] + j * Product::kNumbers);
 #pragma GCC unroll 4
@@ -260,18 +261,18 @@ class Decode {
   }
 
   // Logits, mask and weights of one row; as Prefill::weigh, the reference moves only when it must.
-  void weigh(const Work& w, const Logits& logits, const Tile<Number>& tile, int64_t batch, int64_t head, int64_t key,
-             int64_t begin, int64_t end, int64_t r) const {
+  void weigh(const Work& w, const Logits& logits, const Tile<Rows>& tile, int64_t batch, int64_t head, int64_t block,
+             int64_t first, int64_t begin, int64_t end, int64_t r) const {
     float* scores = w.scores + r * kScoreRow;
     float* weights = w.weights + r * kScoreRow;
     const int64_t from = begin / kWidth * kWidth, to = round_up(end, kWidth);
-    const uint64_t word = w.words[r % s_.m];
+    const uint64_t word = w.words[r % s_.m] >> first;
     if constexpr (Store::kScales)
       for (int64_t c = from; c < to; c += kWidth)
-        store(scores + c, load(scores + c) * load(tile.key_scale + c % kWalkKeys));
+        store(scores + c, load(scores + c) * load(tile.key_scale + c));
     if (!logits.plain)
       logits.apply(scores + from, static_cast<int>((to - from) / kWidth), batch, head + r / s_.m, r % s_.m,
-                   key + from);
+                   block + first + from);
     Vec peak = splat(-kInfinity);
     for (int64_t c = from; c < to; c += kWidth) {
       const Vec x = select(static_cast<Bits>(word >> c), load(scores + c), -kInfinity);
@@ -296,16 +297,15 @@ class Decode {
     for (int64_t c = from; c < to; c += kWidth) {
       const Vec x = exp2<5>(fma(load(scores + c), factor, shift));
       total = total + x;
-      store(weights + c, Store::kScales ? x * load(tile.value_scale + c % kWalkKeys) : x);
+      store(weights + c, Store::kScales ? x * load(tile.value_scale + c) : x);
     }
     store(totals, total);
   }
 
   // Adds the values of keys [begin, end), and fetches as many keys of `next`, if it is given.
   template <int kCount>
-  void add_values(const Work& w, const Number* const* values, int64_t begin, int64_t end, int64_t r,
-                  const Number* const* next) const {
-    if (next && !next[0]) next = nullptr;
+  void add_values(const Work& w, const Rows& values, int64_t begin, int64_t end, int64_t r,
+                  const Rows* next) const {
     int64_t column = 0;
     constexpr int64_t kColumns = kStripVectors * kWidth;
     for (; column + kColumns <= s_.e; column += kColumns) {
@@ -318,8 +318,8 @@ class Decode {
 
   // `last` is the number of columns in the only vector of a narrow strip.
   template <int kCount, int kVectors>
-  void add_strip(const Work& w, const Number* const* values, int64_t begin, int64_t end, int64_t r, int64_t column,
-                 int64_t last, const Number* const* next) const {
+  void add_strip(const Work& w, const Rows& values, int64_t begin, int64_t end, int64_t r, int64_t column,
+                 int64_t last, const Rows* next) const {
     float* sums = w.sums + r * value_columns_ + column;
     const float* weights = w.weights + r * kScoreRow;
     Vec acc[kCount][kVectors];
@@ -331,8 +331,8 @@ class Decode {
     const int64_t stop = column + kVectors * kWidth;
     const int64_t part = (stop < s_.e ? least(stop, s_.d) : s_.d) - column;
     for (int64_t c = begin; c < end; ++c) {
-      if (next) prefetch_row(next[c % kWalkKeys] + column, part);
-      const Number* row = values[c % kWalkKeys] + column;
+      if (next) prefetch_row((*next)[c] + column, part);
+      const Number* row = values[c] + column;
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {
         const Vec x = kVectors > 1 ? load(row + j * kWidth) : load_some(row, last);
@@ -346,19 +346,19 @@ class Decode {
       for (int j = 0; j < kVectors; ++j) store(sums + i * value_columns_ + j * kWidth, acc[i][j]);
   }
 
-  bool finite(const Tile<Number>& tile, int64_t begin, int64_t end) const {
+  bool finite(const Tile<Rows>& tile, int64_t begin, int64_t end) const {
     Vec zeros_times_values = zero();
     for (int64_t c = begin; c < end; ++c) {
-      const Vec scale = Store::kScales ? splat(tile.value_scale[c % kWalkKeys]) * zero() : zero();
+      const Vec scale = Store::kScales ? splat(tile.value_scale[c]) * zero() : zero();
       for (int64_t column = 0; column < s_.e; column += kWidth)
         zeros_times_values =
-            fma(load_some(tile.values[c % kWalkKeys] + column, s_.e - column), scale, zeros_times_values);
+            fma(load_some(tile.values[c] + column, s_.e - column), scale, zeros_times_values);
     }
     return bits_unequal(zeros_times_values, 0.0f) == 0;
   }
 
   // For rows that must not touch some of these values, a NaN or an infinity: 0 times those is a NaN.
-  void add_visible_values(const Work& w, const Tile<Number>& tile, int64_t begin, int64_t end) const {
+  void add_visible_values(const Work& w, const Tile<Rows>& tile, int64_t begin, int64_t end) const {
     for (int64_t r = 0; r < rows_; ++r)
       for (int64_t c = begin; c < end; ++c)
         if (w.scores[r * kScoreRow + c] != -kInfinity) add_values<1>(w, tile.values, c, c + 1, r, nullptr);

@@ -9,13 +9,27 @@
 // same keys or the next keys, and what is in use fit any second cache many times.
 constexpr int64_t kWalkKeys = 32;
 
-// Keys [begin, end) of the 32 that start at a multiple of 32. Addresses outside that range repeat the nearest inside, so
-// that reading them is harmless.
-template <class Number>
+// The 32 rows of a tile where they follow each other, so that no address is looked up.
+template <class T>
+struct EvenRows {
+  const T* first;
+  int64_t stride;
+  ATTNKIT_INLINE const T* operator[](int64_t i) const { return first + i * stride; }
+};
+
+// The same on pages that end within a tile. Those that were not asked for repeat the nearest that was.
+template <class T>
+struct ListedRows {
+  const T* row[kWalkKeys];
+  ATTNKIT_INLINE const T* operator[](int64_t i) const { return row[i]; }
+};
+
+// Keys [begin, end) of the 32 that start at a multiple of 32.
+template <class Rows>
 struct Tile {
-  const Number* keys[kWalkKeys];
-  const Number* values[kWalkKeys];
-  const Number* next[kWalkKeys];  // keys to fetch while the values are added; null for none
+  Rows keys, values;
+  Rows next;   // keys to fetch while the values are added
+  bool fetch;  // whether there are any
   float key_scale[kWalkKeys], value_scale[kWalkKeys];  // where the store has them; 0 outside the range
 };
 
@@ -30,19 +44,16 @@ struct RowPlaces {
   ATTNKIT_INLINE const T* at(int64_t token) const {
     return pages ? base + pages[token / page] * page_stride + token % page * stride : base + token * stride;
   }
-  // Addresses of tokens [first + begin, first + end) in to[begin, end), and of the outermost around them.
-  ATTNKIT_INLINE void fill(const T** to, int64_t first, int64_t begin, int64_t end) const {
-    if (!pages) {
-      for (int64_t i = begin; i < end; ++i) to[i] = base + (first + i) * stride;
-    } else {
-      for (int64_t i = begin; i < end;) {
-        const int64_t slot = (first + i) % page, stop = least(end, i + page - slot);
-        const T* row = base + pages[(first + i) / page] * page_stride + slot * stride;
-        for (; i < stop; ++i, row += stride) to[i] = row;
-      }
+  // Tokens [first + begin, first + end) as rows [begin, end) of a tile.
+  ATTNKIT_INLINE void find(EvenRows<T>& to, int64_t first, int64_t, int64_t) const { to = {at(first), stride}; }
+  ATTNKIT_INLINE void find(ListedRows<T>& to, int64_t first, int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end;) {
+      const int64_t slot = (first + i) % page, stop = least(end, i + page - slot);
+      const T* row = base + pages[(first + i) / page] * page_stride + slot * stride;
+      for (; i < stop; ++i, row += stride) to.row[i] = row;
     }
-    for (int64_t i = 0; i < begin; ++i) to[i] = to[begin];
-    for (int64_t i = end; i < kWalkKeys; ++i) to[i] = to[end - 1];
+    for (int64_t i = 0; i < begin; ++i) to.row[i] = to.row[begin];
+    for (int64_t i = end; i < kWalkKeys; ++i) to.row[i] = to.row[end - 1];
   }
 };
 
@@ -51,20 +62,21 @@ template <class T>
 struct Tensors {
   using Asked = T;   // dtype of queries and results
   using Number = T;  // what the rows of a tile hold
+  using Rows = EvenRows<T>;
   static constexpr bool kScales = false, kConverts = false;
 
   explicit Tensors(const attnkit_softmax& call) : s_(call) {}
   int64_t length(int64_t) const { return s_.n; }
   int64_t tile_numbers() const { return 0; }
 
-  void open(Tile<T>& tile, T*, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end, int64_t next,
+  void open(Tile<Rows>& tile, T*, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end, int64_t next,
             int64_t n) const {
     const RowPlaces<T> keys = {static_cast<const T*>(s_.k) + batch * s_.k_b + group * s_.k_g, s_.k_n, nullptr, 1, 0};
     const RowPlaces<T> values = {static_cast<const T*>(s_.v) + batch * s_.v_b + group * s_.v_g, s_.v_n, nullptr, 1, 0};
-    keys.fill(tile.keys, first, begin, end);
-    values.fill(tile.values, first, begin, end);
-    if (next < n) keys.fill(tile.next, next, 0, least(kWalkKeys, n - next));
-    if (next >= n) tile.next[0] = nullptr;
+    keys.find(tile.keys, first, begin, end);
+    values.find(tile.values, first, begin, end);
+    tile.fetch = next < n;
+    if (tile.fetch) keys.find(tile.next, next, 0, least(kWalkKeys, n - next));
   }
 
  private:

@@ -47,7 +47,9 @@ auto with_store(const attnkit_cache& c, F f) {
     case ATTNKIT_INT8: return f(Scaled<Int8, T, Number>(c));
     case ATTNKIT_FP8: return f(Scaled<Fp8, T, Number>(c));
     case ATTNKIT_INT4: return f(Grouped<T, Number>(c));
-    default: return f(Plain<T>(c));
+    default:
+      if (c.pages && c.page % kWalkKeys != 0) return f(Plain<T, ListedRows<T>>(c));
+      return f(Plain<T, EvenRows<T>>(c));
   }
 }
 
