@@ -77,27 +77,6 @@ struct Scaled {
   const int64_t key_row_, value_row_;
 };
 
-#if defined(ATTNKIT_BF16_DOT)
-// The upper halves of 16 and 16 lanes, one after the other.
-ATTNKIT_INLINE __m512i upper_halves(__m512i lo, __m512i hi) {
-  const __m512i odd = _mm512_add_epi16(
-      _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17,
-                                                              18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31)), 1),
-      _mm512_set1_epi16(1));
-  return _mm512_permutex2var_epi16(lo, odd, hi);
-}
-
-// f makes 32 bfloat16 numbers of 32 bytes; rows of a tile have room for whole vectors, rows of the cache have not.
-template <class F>
-ATTNKIT_INLINE void in_32s(BFloat16* to, const uint8_t* from, int64_t count, F f) {
-  int64_t j = 0;
-  for (; j + 32 <= count; j += 32)
-    _mm512_storeu_si512(to + j, f(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + j))));
-  if (j < count)
-    _mm512_storeu_si512(to + j, f(_mm256_maskz_loadu_epi8((uint32_t{1} << (count - j)) - 1, from + j)));
-}
-#endif
-
 // Signed bytes.
 struct Int8 {
   static ATTNKIT_INLINE void convert(float* to, const uint8_t* from, int64_t count) {
@@ -105,13 +84,12 @@ struct Int8 {
     for (int64_t j = 0; j < count; ++j) to[j] = static_cast<float>(codes[j]);
   }
 #if defined(ATTNKIT_BF16_DOT)
+  static constexpr float kValueScale = 1.0f;
   // Exact: 7 bits and a sign fit bfloat16.
-  static ATTNKIT_INLINE void convert(BFloat16* to, const uint8_t* from, int64_t count) {
-    in_32s(to, from, count, [](__m256i codes) {
-      const __m512 lo = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
-      const __m512 hi = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
-      return upper_halves(_mm512_castps_si512(lo), _mm512_castps_si512(hi));
-    });
+  static ATTNKIT_INLINE Pairs pairs(__m256i codes) {
+    const __m512 lo = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
+    const __m512 hi = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi, lo));
   }
 #endif
 };
@@ -127,18 +105,87 @@ struct Fp8 {
     }
   }
 #if defined(ATTNKIT_BF16_DOT)
-  static ATTNKIT_INLINE void convert(BFloat16* to, const uint8_t* from, int64_t count) {
-    in_32s(to, from, count, [](__m256i codes) {
-      const __m512i x = _mm512_cvtepu8_epi16(codes);
-      const __m512i size = _mm512_and_si512(_mm512_slli_epi16(x, 4), _mm512_set1_epi16(0x7f0));
-      const __m512i number =
-          _mm512_maskz_add_epi16(_mm512_test_epi16_mask(size, size), size, _mm512_set1_epi16((127 - 7) << 7));
-      const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(x, 8), _mm512_set1_epi16(static_cast<int16_t>(0x8000)));
-      return _mm512_or_si512(number, sign);
-    });
+  static constexpr float kValueScale = 256.0f;  // the largest scale is 2^128 / 448, so this cannot overflow
+  static ATTNKIT_INLINE Pairs pairs(__m256i codes) {
+    const __m512i x = _mm512_cvtepu8_epi16(codes);
+    const __m512i size = _mm512_and_si512(_mm512_slli_epi16(x, 4), _mm512_set1_epi16(0x7f0));
+    const __m512i number =
+        _mm512_maskz_add_epi16(_mm512_test_epi16_mask(size, size), size, _mm512_set1_epi16((127 - 7) << 7));
+    const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(x, 8), _mm512_set1_epi16(static_cast<int16_t>(0x8000)));
+    return _mm512_or_si512(number, sign);
   }
 #endif
 };
+
+#if defined(ATTNKIT_BF16_DOT)
+// A byte in the cache. Where four query rows share a key, each byte is read once a tile, so it is best converted in the
+// registers of the loop that uses it.
+template <class Form>
+struct Code {
+  uint8_t bits;
+};
+ATTNKIT_INLINE Vec load(const Code<Int8>* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+ATTNKIT_INLINE Vec load_first(const Code<Int8>* p, int count) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(count), p)));
+}
+// As float16 a code with its exponent in place is 2^-8 of the number: Form::kValueScale makes up for it.
+ATTNKIT_INLINE Vec widen_fp8(__m128i codes) {
+  const __m256i moved = _mm256_srai_epi16(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8), 1);
+  return _mm512_cvtph_ps(_mm256_and_si256(moved, _mm256_set1_epi16(static_cast<int16_t>(0xbfff))));
+}
+ATTNKIT_INLINE Vec load(const Code<Fp8>* p) {
+  return widen_fp8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+ATTNKIT_INLINE Vec load_first(const Code<Fp8>* p, int count) {
+  return widen_fp8(_mm_maskz_loadu_epi8(first(count), p));
+}
+
+template <class Form>
+struct RowProduct<Code<Form>> : RowProduct<BFloat16> {
+  using Loaded = Pairs;
+  static ATTNKIT_INLINE Loaded load_key(const Code<Form>* p) {
+    return Form::pairs(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static ATTNKIT_INLINE Loaded load_key_first(const Code<Form>* p, int count) {
+    return Form::pairs(_mm256_maskz_loadu_epi8((uint32_t{1} << count) - 1, p));
+  }
+};
+
+// Scaled for bfloat16 queries: bytes are read where they lie.
+template <class Form>
+struct ScaledCodes {
+  using Asked = BFloat16;
+  using Number = Code<Form>;
+  using Rows = EvenRows<Number>;
+  static constexpr bool kScales = true, kConverts = false;
+
+  explicit ScaledCodes(const attnkit_cache& cache) : c_(cache) {}
+  int64_t length(int64_t batch) const { return c_.lengths ? c_.lengths[batch] : c_.n; }
+  int64_t tile_numbers() const { return 0; }
+
+  void open(Tile<Rows>& tile, Number*, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end,
+            int64_t next, int64_t n) const {
+    const Number* k = static_cast<const Number*>(c_.k) + batch * c_.k_b + group * c_.k_g;
+    const Number* v = static_cast<const Number*>(c_.v) + batch * c_.v_b + group * c_.v_g;
+    tile.keys = {k + first * c_.k_n, c_.k_n};
+    tile.values = {v + first * c_.v_n, c_.v_n};
+    tile.next = {k + next * c_.k_n, c_.k_n};
+    tile.fetch = next < n;
+    const float* k_scale = static_cast<const float*>(c_.k_scale) + batch * c_.k_scale_b + group * c_.k_scale_g + first;
+    const float* v_scale = static_cast<const float*>(c_.v_scale) + batch * c_.v_scale_b + group * c_.v_scale_g + first;
+    for (int64_t i = 0; i < kWalkKeys; ++i) {
+      const bool inside = i >= begin && i < end;
+      tile.key_scale[i] = inside ? k_scale[i] : 0.0f;
+      tile.value_scale[i] = inside ? v_scale[i] * Form::kValueScale : 0.0f;
+    }
+  }
+
+ private:
+  const attnkit_cache& c_;
+};
+#endif
 
 // Half bytes: a number is zero + scale * code. Keys have both for each channel and group of tokens, values for each token
 // and group of channels; the keys of the last group wait as numbers until it is full.

@@ -43,9 +43,15 @@ struct Converted<BFloat16> {
 template <class T, class F>
 auto with_store(const attnkit_cache& c, F f) {
   using Number = typename Converted<T>::Number;
+#if defined(ATTNKIT_BF16_DOT)
+  if constexpr (sizeof(Number) == 2) {
+    if (c.form == ATTNKIT_INT8) return f(ScaledCodes<Int8>(c));
+    if (c.form == ATTNKIT_FP8) return f(ScaledCodes<Fp8>(c));
+  }
+#endif
   switch (c.form) {
-    case ATTNKIT_INT8: return f(Scaled<Int8, T, Number>(c));
-    case ATTNKIT_FP8: return f(Scaled<Fp8, T, Number>(c));
+    case ATTNKIT_INT8: return f(Scaled<Int8, T, float>(c));
+    case ATTNKIT_FP8: return f(Scaled<Fp8, T, float>(c));
     case ATTNKIT_INT4: return f(Grouped<T, Number>(c));
     default:
       if (c.pages && c.page % kWalkKeys != 0) return f(Plain<T, ListedRows<T>>(c));
