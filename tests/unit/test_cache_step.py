@@ -124,7 +124,7 @@ def test_quantised_bits_do_not_depend_on_the_batch(codec: Any) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("codec", [None, "int8", "fp8"])
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_hidden_nan_does_not_leak(codec: Any, dtype: torch.dtype) -> None:
     state = KVState(1, 2, 200, 64, dtype=dtype, codec=codec)
@@ -132,7 +132,9 @@ def test_a_hidden_nan_does_not_leak(codec: Any, dtype: torch.dtype) -> None:
     k[:, :, 100] = v[:, :, 100] = torch.nan
     state.store(k, v)
     q = tokens(3, 1, 4, 3, 64, dtype)
-    for mask in (attnkit.window(60), attnkit.dilated_window(40, 2), attnkit.window(99)):
+    # The last mask shows the NaN to some rows only. int4 has it in all keys of a group, up to key 127.
+    some = attnkit.window(99 - 27 if codec == "int4" else 99)
+    for mask in (attnkit.window(60), attnkit.dilated_window(40, 2), attnkit.window(99), some):
         call = {"q": q, "state": state, "mask": mask}
         got = attnkit.softmax_attention_step(**call, return_lse=True, backend="cpu")
         wanted = attnkit.softmax_attention_step(**call, backend="reference")
