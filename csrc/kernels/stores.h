@@ -1,4 +1,4 @@
-// Where a decoding cache keeps its keys and values, and in which form. A store fills in a Tile: the addresses of 32 keys
+// Where a decoding cache keeps its keys and values, and in which form. A store fills in a Tile: the places of 32 keys
 // and 32 values, which lie in the cache itself or were converted from it a moment ago and are still in the first cache.
 //
 // Rows are contiguous, or on pages of any number of tokens that a table lists. Quantised forms (their layout is described
