@@ -12,7 +12,6 @@ from attnkit import shapes
 from attnkit.dispatch import run
 from attnkit.mechanisms.gla import chunk, cpu
 from attnkit.mechanisms.gla.reference import forward as reference
-from attnkit.native.recurrence import reasons
 from attnkit.recurrence import CHUNK, TILE, exactly
 from attnkit.spec import Backend, Cost, Laws, LayerPlace, Mechanism, Preset, Sizes
 from attnkit.state import RecurrentState
@@ -102,9 +101,8 @@ def gla_attention_step(
     """
     sizes = _check("gla_attention_step", "m", keep, q=q, k=k, v=v, log_decay=log_decay, state=state)
     scale = sizes["d"] ** -0.5 if scale is None else float(scale)
-    step = chunk.step if reasons(q, sizes["d"], sizes["e"]) else cpu.step
     with exactly(q.device):
-        return step(q, k, v, log_decay, state, scale, keep)
+        return chunk.step(q, k, v, log_decay, state, scale, keep)
 
 
 def _check(where: str, keys: str, keep: Tensor | None, **given: Tensor) -> dict[str, int]:

@@ -14,7 +14,6 @@ from attnkit.dispatch import run
 from attnkit.mechanisms.linear import chunk, cpu, maps
 from attnkit.mechanisms.linear.maps import FeatureMap, random_features
 from attnkit.mechanisms.linear.reference import forward as reference
-from attnkit.native.recurrence import reasons
 from attnkit.recurrence import CHUNK, exactly
 from attnkit.spec import Backend, Cost, Laws, LayerPlace, Mechanism, Preset, Sizes
 from attnkit.state import RecurrentState
@@ -125,9 +124,8 @@ def linear_attention_step(
     if shapes_held != wanted:
         raise ValueError(f"{where}: held is {shapes_held}, expected {wanted}")
     largest = held["largest"][..., 0] if "largest" in held else None
-    step = chunk.step if reasons(q, f, sizes["e"] + 1) else cpu.step
     with exactly(q.device):
-        o, state, unit = step(q, k, v, held["state"], largest, feature_map, projection, keep)
+        o, state, unit = chunk.step(q, k, v, held["state"], largest, feature_map, projection, keep)
     return o, {"state": state} if unit is None else {"state": state, "largest": unit[..., None]}
 
 
