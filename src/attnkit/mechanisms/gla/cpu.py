@@ -14,10 +14,3 @@ def rejects(call: Call) -> tuple[str, ...]:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, keep: Tensor | None) -> Tensor:
     return recurrence(q, k, v, log_decay, keep=keep, scale=scale)[0]
-
-
-def step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float, keep: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Results of ``m`` new tokens and the state after them."""
-    return recurrence(q, k, v, log_decay, state, keep=keep, scale=scale)

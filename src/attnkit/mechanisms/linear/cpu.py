@@ -30,21 +30,3 @@ def forward(
 ) -> Tensor:
     mapped = features(q, k, feature_map, projection, keep=keep)
     return divided(recurrence(mapped.q, mapped.k, with_ones(v), mapped.log_decay)[0]).to(q.dtype)
-
-
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor,
-    largest: Tensor | None,
-    feature_map: FeatureMap,
-    projection: Tensor | None,
-    keep: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Results of ``m`` new tokens, the state after them (b, g, f, e + 1), and its unit for ``favor``."""
-    if largest is not None:  # a state in which no key has weight has no unit yet
-        largest = largest.masked_fill(state[..., -1].detach().amax(-1) == 0, -float("inf"))
-    mapped = features(q, k, feature_map, projection, largest=largest, keep=keep)
-    sums, after = recurrence(mapped.q, mapped.k, with_ones(v), mapped.log_decay, state, keep=keep)
-    return divided(sums).to(q.dtype), after, mapped.largest
