@@ -53,7 +53,7 @@ def test_explain_computes_nothing_and_agrees_with_run() -> None:
     q = torch.randn(1, 2, 5, 8, requires_grad=True)
     decision = attnkit.explain(attnkit.softmax_attention, q, q, q, mask=attnkit.causal())
     assert decision.chosen == "sdpa"
-    assert "gradients are wanted for q, k, v" in decision.rejected["cpu"][0]
+    assert "float32 gradients of q, k, v" in decision.rejected["cpu"][0]
     refused = attnkit.explain(attnkit.softmax_attention, q, q, q, softcap=3.0, backend="sdpa")
     assert refused.chosen is None
     assert refused.rejected["sdpa"] == ("softcap is 3.0, torch SDPA has none",)
