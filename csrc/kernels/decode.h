@@ -48,10 +48,11 @@ struct RowProduct<BFloat16> {
 // One sequence of the batch: the call with the sequence's own number of keys, and the ranges those are cut into.
 struct Sequence {
   attnkit_softmax s;
+  const Logits logits;
   Range keys;  // that some query may see
   int64_t split_keys, first_split, splits;
 
-  Sequence(const attnkit_softmax& call, int64_t n) : s(call) {
+  Sequence(const attnkit_softmax& call, int64_t n) : s(call), logits(s) {
     s.n = n;
     split_keys = most(kSplitKeys, round_up(ceil_div(n, kMostSplits), kBlockKeys));
     keys = {visible_range(s, 0).begin, visible_range(s, s.m - 1).end};
@@ -159,14 +160,15 @@ class Decode {
     for (int64_t entry = blocks.entry; entry < blocks.entry_end; ++entry) {
       // What follows an interval's range is most likely this thread's next one.
       const bool known = entry + 1 < blocks.entry_end || !s_.offsets;
-      attend_block(w, sequence.s, batch, head, blocks.key_block(entry), blocks.words(entry),
+      attend_block(w, sequence, batch, head, blocks.key_block(entry), blocks.words(entry),
                    known ? blocks.key_block(entry + 1) * kBlockKeys : sequence.s.n);
     }
   }
 
   // `next_key` is the first key of the block after this one; n if there is none.
-  void attend_block(const Work& w, const attnkit_softmax& s, int64_t batch, int64_t head, int64_t key_block,
+  void attend_block(const Work& w, const Sequence& sequence, int64_t batch, int64_t head, int64_t key_block,
                     const int64_t* words, int64_t next_key) const {
+    const attnkit_softmax& s = sequence.s;
     uint64_t any = 0;
     for (int64_t i = 0; i < s.m; ++i) any |= w.words[i] = visible_word(s, i, key_block, words);
     if (any == 0) return;
@@ -174,21 +176,21 @@ class Decode {
     const int64_t begin = __builtin_ctzll(any), end = kBlockKeys - __builtin_clzll(any);
     for (int64_t first = begin / kWalkKeys * kWalkKeys; first < end; first += kWalkKeys) {
       const int64_t after = first + kWalkKeys;
-      attend_tile(w, s, batch, head, key_block * kBlockKeys, first, most(begin, first) - first,
+      attend_tile(w, sequence, batch, head, key_block * kBlockKeys, first, most(begin, first) - first,
                   least(end, after) - first, after < end ? key_block * kBlockKeys + after : next_key);
     }
   }
 
   // Keys [begin, end) of the tile that starts at number `first` of the block at `block`; those at `next_key` come after.
-  void attend_tile(const Work& w, const attnkit_softmax& s, int64_t batch, int64_t head, int64_t block, int64_t first,
+  void attend_tile(const Work& w, const Sequence& sequence, int64_t batch, int64_t head, int64_t block, int64_t first,
                    int64_t begin, int64_t end, int64_t next_key) const {
+    const attnkit_softmax& s = sequence.s;
     Tile<Rows> tile;
     store_.open(tile, w.numbers, batch, head / (s.h / s.g), block + first, begin, end, next_key, s.n);
     in_rows([&](auto rows, int64_t r) { score<rows.count>(w, tile, begin, end, r); });
     uint64_t every = kAll;
     for (int64_t i = 0; i < s.m; ++i) every &= w.words[i];
-    const Logits logits(s);
-    for (int64_t r = 0; r < rows_; ++r) weigh(w, logits, tile, batch, head, block, first, begin, end, r);
+    for (int64_t r = 0; r < rows_; ++r) weigh(w, sequence.logits, tile, batch, head, block, first, begin, end, r);
     const uint64_t read = bit_range(first + begin, first + end);
     const bool hidden = s.bias || (every & read) != read;
     if (hidden && !finite(tile, begin, end)) {

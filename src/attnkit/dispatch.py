@@ -35,23 +35,27 @@ def decide(spec: Mechanism, call: Call, backend: str | None = None) -> tuple[Bac
 
     Raises ``NotImplementedError`` with every reason when none can; a named backend never falls back to another.
     """
-    name = backend or DEFAULT_BACKEND
+    chosen, rejected = _choose(spec, call, backend or DEFAULT_BACKEND)
+    return chosen, Decision(spec.name, chosen.name, rejected)
+
+
+def _choose(spec: Mechanism, call: Call, name: str | None) -> tuple[Backend, dict[str, tuple[str, ...]]]:
     rejected: dict[str, tuple[str, ...]] = {}
     for candidate in spec.backends if name is None else (spec.backend(name),):
         reasons = candidate.rejects(call)
         if not reasons and name is None:
             reasons = candidate.declines(call)
         if not reasons:
-            return candidate, Decision(spec.name, candidate.name, rejected)
+            return candidate, rejected
         rejected[candidate.name] = reasons
     raise NotImplementedError(str(Decision(spec.name, None, rejected)))
 
 
 def run(spec: Mechanism, call: Call, backend: str | None = None) -> Any:
     """Run ``call`` on the backend that ``decide`` picks."""
-    chosen, decision = decide(spec, call, backend)
+    chosen, rejected = _choose(spec, call, backend or DEFAULT_BACKEND)
     if _LOGGING:
-        log.info("%s", decision)
+        log.info("%s", Decision(spec.name, chosen.name, rejected))
     for counts in _watching:
         counts[spec.name, chosen.name] += 1
     return chosen.load()(**call)

@@ -31,23 +31,22 @@ def check(where: str, **tensors: tuple[Any, str]) -> dict[str, int]:
     sizes for one axis.
     """
     sizes: dict[str, int] = {}
-    owner: dict[str, str] = {}
     for name, (tensor, pattern) in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{where}: {name} is a {type(tensor).__name__}, expected a tensor ({_axes(pattern)})")
-        axes = pattern.split()
-        if tensor.dim() != len(axes):
+        axes, shape = pattern.split(), tensor.shape
+        if len(shape) != len(axes):
             raise ValueError(
-                f"{where}: {name} has {tensor.dim()} dimensions {_shape(tensor)}, "
+                f"{where}: {name} has {len(shape)} dimensions {_shape(tensor)}, "
                 f"expected {len(axes)} ({_axes(pattern)})"
             )
-        for axis, size in zip(axes, tensor.shape, strict=True):
+        for axis, size in zip(axes, shape, strict=True):
             if sizes.setdefault(axis, size) != size:
+                owner = next(other for other, (_, axes) in tensors.items() if axis in axes.split())
                 raise ValueError(
                     f"{where}: {AXES.get(axis, axis)} is {size} in {name} {_shape(tensor)} but {sizes[axis]} in "
-                    f"{owner[axis]} {_shape(tensors[owner[axis]][0])}, expected one size"
+                    f"{owner} {_shape(tensors[owner][0])}, expected one size"
                 )
-            owner.setdefault(axis, name)
     return sizes
 
 

@@ -110,7 +110,7 @@ def call(
     """Check the arguments of ``softmax_attention``; return them by name, defaults filled in and masks simplified."""
     where = "softmax_attention"
     sizes = shapes.check(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"))
-    b, h, m, n, d = (sizes[axis] for axis in "bhmnd")
+    (b, h, m, d), n = q.shape, k.shape[2]
     shapes.check_same(where, q=q, k=k, v=v)
     shapes.check_groups(where, h, sizes["g"])
     if d == 0:
