@@ -23,6 +23,7 @@ typedef struct attnkit_softmax {
   const void* v;           /* (b, g, n, e) */
   void* o;                 /* (b, h, m, e) */
   float* lse;              /* (b, h, m) contiguous, or null */
+  float* lse_rest;         /* (b, h, m) contiguous, or null: what float32 drops of lse, for gradients */
   const float* bias;       /* strided by bias_*, or null */
   const float* alibi;      /* (h,) slopes, or null */
   const float* sink;       /* (h,) logits, or null */

@@ -152,7 +152,8 @@ class Backward {
   // one that sums over the numbers of a row; in float32 they are the same rows.
   struct Head {
     int64_t batch, head;
-    float *lse, *delta;  // of each row: in exponents of two, +inf where nothing is seen; D above
+    float *lse, *rest;   // of each row, in exponents of two, +inf where nothing is seen: their sum is the log-sum-exp
+    float* delta;        // D above
     Element *query_across, *slope_across, *query_along, *slope_along;
     float* sums;         // of dq, for each chunk
     uint8_t* odd;        // of each block: a query or its gradient holds a NaN or an infinity
@@ -208,7 +209,7 @@ class Backward {
     const int64_t fit = kBackWaveBytes / most<int64_t>(ratio_ * head_bytes(), 1);
     return clamp<int64_t>(most(fit, threads_), 1, most<int64_t>(s_.b * s_.g, 1));
   }
-  int64_t stats_bytes() const { return round_up(8 * s_.b * s_.h * rows_, 64); }
+  int64_t stats_bytes() const { return round_up(12 * s_.b * s_.h * rows_, 64); }
   int64_t head_bytes() const {
     const int64_t along = kInPlace ? 0 : rows_ * (query_lda_ + slope_lda_);
     const int64_t across = rows_ / kNumbers * (key_columns_ + value_columns_);
@@ -221,13 +222,18 @@ class Backward {
     return round_up(4 * (tile + panel + pairs + (s_.softcap > 0 ? kBlockQueries * kBlockKeys : 0)), 64);
   }
 
+  float* stats_of(char* stats, int64_t batch, int64_t h) const {
+    return reinterpret_cast<float*>(stats) + 3 * (batch * s_.h + h) * rows_;
+  }
+
   Head head(char* stats, char* heads, int64_t start, int64_t index) const {
     const int64_t kv = start + index / ratio_, batch = kv / s_.g, h = kv % s_.g * ratio_ + index % ratio_;
     Head q;
     q.batch = batch;
     q.head = h;
-    q.lse = reinterpret_cast<float*>(stats) + 2 * (batch * s_.h + h) * rows_;
-    q.delta = q.lse + rows_;
+    q.lse = stats_of(stats, batch, h);
+    q.rest = q.lse + rows_;
+    q.delta = q.rest + rows_;
     q.query_across = reinterpret_cast<Element*>(heads + index * head_bytes());
     q.slope_across = q.query_across + rows_ / kNumbers * key_columns_;
     Element* end = q.slope_across + rows_ / kNumbers * value_columns_;
@@ -264,15 +270,25 @@ class Backward {
       pack_queries<Math>(slopes, slope, count, kBlockQueries, slope_lda_, h.slope_along + first * slope_lda_);
     }
     // The value of an only key is the output; what was stored may be a rounding beside it.
-    const bool lone = s_.n == 1 && !s_.sink;
-    if (lone) o = static_cast<const T*>(s_.v) + h.batch * s_.v_b + h.head / ratio_ * s_.v_g;
-    const attnkit_softmax outputs = rows_of(count, s_.e, lone ? 0 : s_.o_m);
+    const Range only = only_keys(first, count);
+    if (!only.empty())
+      o = static_cast<const T*>(s_.v) + h.batch * s_.v_b + h.head / ratio_ * s_.v_g + only.begin * s_.v_n;
+    const attnkit_softmax outputs = rows_of(count, s_.e, only.empty() ? s_.o_m : only.end - only.begin > 1 ? s_.v_n : 0);
     pack_key_block<Math>(outputs, o, PackedSizes<Math>(outputs), 0, w.values_down);
     for (int group = 0; group * kRows < count; ++group) row_numbers(w, h, first, count, group);
     for (int64_t i = count; i < kBlockQueries; ++i) {
       h.lse[first + i] = kInfinity;
-      h.delta[first + i] = 0.0f;
+      h.rest[first + i] = h.delta[first + i] = 0.0f;
     }
+  }
+
+  // The keys of `count` rows that see one key each: all the same, or each row the next; empty for other rows.
+  Range only_keys(int64_t first, int64_t count) const {
+    if (count == 0 || s_.sink || (s_.offsets && s_.n > 1)) return {0, 0};
+    const Range from = visible_range(s_, first), to = visible_range(s_, first + count - 1);
+    const int64_t step = to.begin - from.begin;
+    const bool lone = from.end - from.begin == 1 && to.end - to.begin == 1 && (step == 0 || step == count - 1);
+    return lone ? Range{from.begin, to.end} : Range{0, 0};
   }
 
   // What weights and slopes of six rows are taken against. o . do is the diagonal of a product, so that its sums run in the
@@ -285,7 +301,10 @@ class Backward {
       const int64_t row = (h.batch * s_.h + h.head) * s_.m + first + i;
       // A row that sees nothing has weights of 2^-inf.
       const bool seen = s_.lse[row] != -kInfinity;
-      h.lse[first + i] = seen ? s_.lse[row] * kLog2E : kInfinity;
+      const double lse = static_cast<double>(s_.lse[row]) + (s_.lse_rest ? static_cast<double>(s_.lse_rest[row]) : 0.0);
+      const double exponent = lse * kExactLog2E;
+      h.lse[first + i] = seen ? static_cast<float>(exponent) : kInfinity;
+      h.rest[first + i] = seen ? static_cast<float>(exponent - static_cast<double>(h.lse[first + i])) : 0.0f;
       h.delta[first + i] = seen ? w.scores[(i - begin) * kScoreKeys + i] - (g_.d_lse ? g_.d_lse[row] : 0.0f) : 0.0f;
     }
   }
@@ -351,25 +370,30 @@ class Backward {
   }
 
   // The sink is one more key, whose value is 0.
-  float sink_gradient(const char* stats, int64_t h) const {
+  float sink_gradient(char* stats, int64_t h) const {
     double total = 0.0;
     for (int64_t batch = 0; batch < s_.b; ++batch) {
-      const float* lse = reinterpret_cast<const float*>(stats) + 2 * (batch * s_.h + h) * rows_;
-      for (int64_t i = 0; i < s_.m; ++i)
-        total -= static_cast<double>(__builtin_exp2f(s_.sink[h] * kLog2E - lse[i]) * lse[rows_ + i]);
+      const float* row = stats_of(stats, batch, h);
+      for (int64_t i = 0; i < s_.m; ++i) total -= sink_part(row + i, h);
     }
     return static_cast<float>(total);
   }
 
+  // The sink's weight in a row, times that row's D.
+  double sink_part(const float* row, int64_t h) const {
+    const double exponent = static_cast<double>(s_.sink[h]) * kExactLog2E - static_cast<double>(row[0]);
+    return __builtin_exp2(exponent - static_cast<double>(row[rows_])) * static_cast<double>(row[2 * rows_]);
+  }
+
   // A bias that all keys of a row share moves its log-sum-exp, and weights only against the sink's: summing dlogit instead
   // would leave nothing but rounding.
-  void add_bias_of_rows(const char* stats) const {
+  void add_bias_of_rows(char* stats) const {
     for (int64_t row = 0; row < s_.b * s_.h * s_.m; ++row) {
       const int64_t i = row % s_.m, h = row / s_.m % s_.h, batch = row / s_.m / s_.h;
-      const float* lse = reinterpret_cast<const float*>(stats) + 2 * (batch * s_.h + h) * rows_;
-      if (lse[i] == kInfinity) continue;
+      const float* numbers = stats_of(stats, batch, h) + i;
+      if (numbers[0] == kInfinity) continue;
       float slope = g_.d_lse ? g_.d_lse[row] : 0.0f;
-      if (s_.sink) slope += __builtin_exp2f(s_.sink[h] * kLog2E - lse[i]) * lse[rows_ + i];
+      if (s_.sink) slope += static_cast<float>(sink_part(numbers, h));
       g_.d_bias[batch * g_.d_bias_b + h * g_.d_bias_h + i * g_.d_bias_m] += slope;
     }
   }
@@ -520,9 +544,10 @@ class Backward {
     const Vec factor = splat(logits_.exponent);
     const int64_t first = p.first + i * kBlockQueries;
     for (int64_t row = group * kRows; row < (group + 1) * kRows; row += kNumbers) {
-      Vec shift[kNumbers], delta[kNumbers];
+      Vec shift[kNumbers], rest[kNumbers], delta[kNumbers];
       for (int a = 0; a < kNumbers; ++a) {
         shift[a] = splat(-h.lse[first + row + a]);
+        rest[a] = splat(h.rest[first + row + a]);
         delta[a] = splat(h.delta[first + row + a]);
       }
       for (int64_t c = r.begin; c < r.end; c += kVectorKeys) {
@@ -533,7 +558,9 @@ class Backward {
           for (int b = 0; b < kNumbers; ++b) {
             const int64_t at = (row + a) * kScoreKeys + c + b * kWidth;
             const Vec x = load(scores + at);
-            weight[a][b] = exp2<Math::kExpDegree>(fma(x, factor, shift[a]));
+            // Weights that are rounded to pairs do not notice the rest.
+            const Vec exponent = fma(x, factor, shift[a]);
+            weight[a][b] = exp2<Math::kExpDegree>(kInPlace ? exponent - rest[a] : exponent);
             slope[a][b] = weight[a][b] * (load(products + at) - delta[a]);
             if constexpr (!kPlain) {
               const Bits seen = bits_unequal(x, -kInfinity);

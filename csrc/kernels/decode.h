@@ -395,7 +395,7 @@ class Decode {
     Asked* o = static_cast<Asked*>(s_.o) + batch * s_.o_b + head * s_.o_h + i * s_.o_m;
     for (int64_t c = 0; c < s_.e; c += kWidth)
       store_some(o + c, load(w.sums + c) * splat(end.factor), least<int64_t>(kWidth, s_.e - c));
-    if (s_.lse) s_.lse[row] = end.lse();
+    end.keep(s_, row);
   }
 
   const attnkit_softmax& s_;     // with the longest sequence's n

@@ -375,7 +375,7 @@ class Prefill {
       const float* sums = w.sums + row * value_columns_;
       for (int64_t c = 0; c < s_.e; c += kWidth)
         store_some(o + row * s_.o_m + c, load(sums + c) * factor, least<int64_t>(kWidth, s_.e - c));
-      if (s_.lse) s_.lse[(queries.batch * s_.h + queries.head) * s_.m + queries.first + row] = end.lse();
+      end.keep(s_, (queries.batch * s_.h + queries.head) * s_.m + queries.first + row);
     }
   }
 

@@ -37,8 +37,7 @@ def check(where: str, **tensors: tuple[Any, str]) -> dict[str, int]:
         axes, shape = pattern.split(), tensor.shape
         if len(shape) != len(axes):
             raise ValueError(
-                f"{where}: {name} has {len(shape)} dimensions {_shape(tensor)}, "
-                f"expected {len(axes)} ({_axes(pattern)})"
+                f"{where}: {name} has {len(shape)} dimensions {_shape(tensor)}, expected {len(axes)} ({_axes(pattern)})"
             )
         for axis, size in zip(axes, shape, strict=True):
             if sizes.setdefault(axis, size) != size:

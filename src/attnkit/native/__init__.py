@@ -47,7 +47,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PREFILL, DECODE = 0, 1
 
 SOFTMAX_FIELDS: tuple[tuple[str, type], ...] = (
-    *((name, c_void_p) for name in ("q", "k", "v", "o", "lse", "bias", "alibi", "sink")),
+    *((name, c_void_p) for name in ("q", "k", "v", "o", "lse", "lse_rest", "bias", "alibi", "sink")),
     *((name, c_void_p) for name in ("offsets", "columns", "pattern", "patterns")),
     *((name, c_int64) for name in ("b", "h", "g", "m", "n", "d", "e")),
     *((name, c_int64) for name in ("q_b", "q_h", "q_m", "k_b", "k_g", "k_n", "v_b", "v_g", "v_n")),

@@ -283,19 +283,16 @@ def cost(sizes: Sizes, *, mask: Mask | None = None, itemsize: int = 4) -> Cost:
     )
 
 
-def _rounded(call: Call) -> tuple[str, ...]:
-    """Float32 gradients: those of the other backends start from less rounded weights.
+def _bias_gradient(call: Call) -> tuple[str, ...]:
+    """Float32 gradients of a bias are left to backends whose rows of them sum to nearly nothing.
 
-    The native backward computes weights again from a float32 log-sum-exp, which rounds by up to 5e-7 when logits are
-    about 10. That is nothing beside 16-bit numbers; in float32 the additive and differential mechanisms notice it.
+    The native backward takes a row's mean slope from the rounded output, so that its rows sum to a rounding of the
+    slopes' own size; a mechanism that projects a bias down to one number, as additive attention does, notices.
     """
-    q = call["q"]
-    if q.dtype != torch.float32 or not torch.is_grad_enabled():
+    q, bias = call["q"], call["bias"]
+    if bias is None or q.dtype != torch.float32 or not (bias.requires_grad and torch.is_grad_enabled()):
         return ()
-    wanted = [name for name in ("q", "k", "v", "bias") if call[name] is not None and call[name].requires_grad]
-    if not wanted:
-        return ()
-    return (f"float32 gradients of {', '.join(wanted)} are more exact elsewhere, name this backend to use it",)
+    return (f"a float32 gradient of a bias {tuple(bias.shape)} is more exact elsewhere, name this backend to use it",)
 
 
 def _cpu() -> Any:
@@ -334,7 +331,7 @@ SPEC: Mechanism = Mechanism(
     sample=sample,
     reference=reference,
     backends=(
-        Backend("cpu", _cpu, cpu.rejects, _rounded),
+        Backend("cpu", _cpu, cpu.rejects, _bias_gradient),
         Backend("sdpa", _sdpa, sdpa.rejects, finite_only=True),
         Backend("flex", _flex, flex.rejects, flex.declines, finite_only=True),
         Backend("reference", _reference),

@@ -62,15 +62,16 @@ def forward(
     if torch.compiler.is_compiling():
         # A mask object cannot cross into an operator: it goes over as a tensor, and is made a block list inside.
         dense = None if mask is None or interval is not None else mask.dense(q.shape[2], k.shape[2], q.device)
-        o, lse = _operator(q, k, v, dense, left, right, scale, bias, alibi, softcap or 0.0, sink)
+        o, lse, _ = _operator(q, k, v, dense, left, right, scale, bias, alibi, softcap or 0.0, sink)
         return (o, lse) if return_lse else o
     listed = mask if interval is None else None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias, sink)):
         apply: Any = _Attention.apply
         o, lse = apply(q, k, v, bias, sink, listed, left, right, scale, alibi, softcap)
         return (o, lse) if return_lse else o
-    o, maybe_lse = _run(q, k, v, listed, left, right, scale, bias, alibi, softcap, sink, return_lse)
-    return o if maybe_lse is None else (o, maybe_lse)
+    lse = _rows_of(q) if return_lse else None
+    o = _run(q, k, v, listed, left, right, scale, bias, alibi, softcap, sink, lse, None)
+    return o if lse is None else (o, lse)
 
 
 class _Attention(torch.autograd.Function):
@@ -89,9 +90,9 @@ class _Attention(torch.autograd.Function):
         alibi: Tensor | None,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
-        o, lse = _run(q, k, v, mask, left, right, scale, bias, alibi, softcap, sink, True)
-        assert lse is not None
-        ctx.save_for_backward(q, k, v, o, lse, bias, alibi, sink)
+        lse, rest = _rows_of(q), _rows_of(q)
+        o = _run(q, k, v, mask, left, right, scale, bias, alibi, softcap, sink, lse, rest)
+        ctx.save_for_backward(q, k, v, o, lse, rest, bias, alibi, sink)
         ctx.mask, ctx.left, ctx.right, ctx.scale, ctx.softcap = mask, left, right, scale, softcap
         ctx.set_materialize_grads(False)
         return o, lse
@@ -99,9 +100,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse, bias, alibi, sink = ctx.saved_tensors
+        q, k, v, o, lse, rest, bias, alibi, sink = ctx.saved_tensors
         gradients = _run_backward(
-            q, k, v, o, lse, d_o, d_lse, ctx.mask, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink,
+            q, k, v, o, lse, rest, d_o, d_lse, ctx.mask, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink,
             ctx.needs_input_grad[:5],
         )  # fmt: skip
         return (*gradients, None, None, None, None, None, None)
@@ -120,11 +121,12 @@ def _operator(
     alibi: Tensor | None,
     softcap: float,
     sink: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, its log-sum-exp, and what float32 drops of that, for the backward pass alone."""
     mask = None if dense is None else explicit(dense)
-    o, lse = _run(q, k, v, mask, left, right, scale, bias, alibi, softcap or None, sink, True)
-    assert lse is not None
-    return o, lse
+    lse, rest = _rows_of(q), _rows_of(q)
+    o = _run(q, k, v, mask, left, right, scale, bias, alibi, softcap or None, sink, lse, rest)
+    return o, lse, rest
 
 
 @_operator.register_fake
@@ -140,9 +142,8 @@ def _shapes(
     alibi: Tensor | None,
     softcap: float,
     sink: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    rows = q.shape[:3]
-    return q.new_empty(*rows, v.shape[3]), q.new_empty(rows, dtype=torch.float32)
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(*q.shape[:3], v.shape[3]), _rows_of(q), _rows_of(q)
 
 
 @torch.library.custom_op("attnkit::softmax_backward", mutates_args=(), device_types="cpu")
@@ -152,6 +153,7 @@ def _backward_operator(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
+    rest: Tensor,
     d_o: Tensor,
     d_lse: Tensor | None,
     dense: Tensor | None,
@@ -167,7 +169,7 @@ def _backward_operator(
     """Gradients of q, k, v, bias and sink; an empty tensor for each that is not wanted."""
     mask = None if dense is None else explicit(dense)
     gradients = _run_backward(
-        q, k, v, o, lse, d_o, d_lse, mask, left, right, scale, bias, alibi, softcap or None, sink, wanted
+        q, k, v, o, lse, rest, d_o, d_lse, mask, left, right, scale, bias, alibi, softcap or None, sink, wanted
     )
     return [q.new_empty(0) if x is None else x for x in gradients]
 
@@ -179,6 +181,7 @@ def _backward_shapes(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
+    rest: Tensor,
     d_o: Tensor,
     d_lse: Tensor | None,
     dense: Tensor | None,
@@ -195,17 +198,17 @@ def _backward_shapes(
     return [x.new_empty(x.shape) if x is not None and want else q.new_empty(0) for x, want in pairs]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, dense, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink = inputs
     ctx.save_for_backward(q, k, v, *output, dense, bias, alibi, sink)
 
 
-def _backward(ctx: Any, d_o: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, o, lse, dense, bias, alibi, sink = ctx.saved_tensors
+def _backward(ctx: Any, d_o: Tensor, d_lse: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, o, lse, rest, dense, bias, alibi, sink = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wanted = [needs[0], needs[1], needs[2], needs[7], needs[10]]
     found = torch.ops.attnkit.softmax_backward(
-        q, k, v, o, lse, d_o, d_lse, dense, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink, wanted
+        q, k, v, o, lse, rest, d_o, d_lse, dense, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink, wanted
     )
     d_q, d_k, d_v, d_bias, d_sink = (x if want else None for x, want in zip(found, wanted, strict=True))
     return d_q, d_k, d_v, None, None, None, None, d_bias, None, None, d_sink
@@ -226,17 +229,26 @@ def _run(
     alibi: Tensor | None,
     softcap: float | None,
     sink: Tensor | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """One native call. ``mask`` is lowered to a block list; the interval bounds visibility beside it."""
+    lse: Tensor | None,
+    rest: Tensor | None,
+) -> Tensor:
+    """One native call that also fills ``lse`` and ``rest``, what float32 drops of it, where they are given.
+
+    ``mask`` is lowered to a block list; the interval bounds visibility beside it.
+    """
     q, k, v = _rows(q), _rows(k), _rows(v)
     o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32) if return_lse else None
-    kernel = native.DECODE if q.shape[2] <= MOST_DECODE_QUERIES else native.PREFILL
+    # The backward pass makes scores again in prefill's order: where one weight is nearly 1, another order's rounding of
+    # a large score would be an error of that weight.
+    kernel = native.DECODE if q.shape[2] <= MOST_DECODE_QUERIES and rest is None else native.PREFILL
     blocks = _blocks(mask, q, k)
-    call = _packed(q, k, v, o, lse, blocks, left, right, scale, bias, alibi, softcap, sink, kernel)
+    call = _packed(q, k, v, o, lse, rest, blocks, left, right, scale, bias, alibi, softcap, sink, kernel)
     native.run("softmax_forward", call)
-    return o, lse
+    return o
+
+
+def _rows_of(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _run_backward(
@@ -245,6 +257,7 @@ def _run_backward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
+    rest: Tensor,
     d_o: Tensor | None,
     d_lse: Tensor | None,
     mask: Mask | None,
@@ -262,7 +275,7 @@ def _run_backward(
     d_o = torch.zeros_like(o) if d_o is None else _rows(d_o)
     d_lse = None if d_lse is None else d_lse.contiguous()
     blocks = _blocks(mask, q, k)
-    call = _packed(q, k, v, o, lse, blocks, left, right, scale, bias, alibi, softcap, sink, native.PREFILL)
+    call = _packed(q, k, v, o, lse, rest, blocks, left, right, scale, bias, alibi, softcap, sink, native.PREFILL)
     d_q, d_k, d_v = (x.new_empty(x.shape) if want else None for x, want in zip((q, k, v), wanted, strict=False))
     d_bias = torch.zeros(bias.shape) if bias is not None and wanted[3] else None
     d_sink = torch.empty(sink.shape) if sink is not None and wanted[4] else None
@@ -290,6 +303,7 @@ def _packed(
     v: Tensor,
     o: Tensor,
     lse: Tensor | None,
+    rest: Tensor | None,
     blocks: BlockList | None,
     left: int,
     right: int,
@@ -303,7 +317,7 @@ def _packed(
     """The call as the library reads it; what it points to has to outlive it."""
     (b, h, m, d), (g, n, e) = q.shape, v.shape[1:]
     return native.pack_softmax(
-        *(0 if x is None else x.data_ptr() for x in (q, k, v, o, lse, bias, alibi, sink)),
+        *(0 if x is None else x.data_ptr() for x in (q, k, v, o, lse, rest, bias, alibi, sink)),
         *(
             (0, 0, 0, 0)
             if blocks is None
