@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import attnkit.hf
-from attnkit.hf.cache import FullLayer, WindowLayer
+from attnkit.hf.layers import FullLayer, WindowLayer
 
 IDS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(1))
 KEPT = torch.ones_like(IDS)
@@ -122,8 +122,8 @@ def test_a_sequence_past_its_bound_is_refused_and_kept(tiny: Callable[..., Any])
 
 def test_what_the_cache_cannot_do_is_refused(tiny: Callable[..., Any]) -> None:
     model = tiny("llama", "attnkit")
-    with pytest.raises(NotImplementedError, match="cannot store int8 yet"):
-        attnkit.hf.Cache(model.config, dtype="int8")
+    with pytest.raises(ValueError, match="got dtype 'int3', expected .* int8, int4, fp8 or None"):
+        attnkit.hf.Cache(model.config, dtype="int3")
     with pytest.raises(NotImplementedError, match="no gradient"):
         model(IDS, cache=attnkit.hf.Cache(model.config))
     with pytest.raises(NotImplementedError, match="the model computes torch.float32"), torch.no_grad():

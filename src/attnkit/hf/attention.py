@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnkit.hf.carried import plain, state_of
 from attnkit.hf.masks import CarriedMask
 from attnkit.masks import UNBOUNDED, Mask, causal, explicit, joined
 from attnkit.masks.patterns import Interval
-from attnkit.mechanisms.softmax import softmax_attention
+from attnkit.mechanisms.softmax import softmax_attention, softmax_attention_step
+from attnkit.native import BLOCK_QUERIES
 
 # What reaches an attention function and says nothing about attention, or says again what its mask and tensors say.
 HARMLESS = frozenset(
@@ -58,7 +60,8 @@ def attention(
     Parameters
     ----------
     module: the attention layer; ``is_causal`` is read from it when it is not passed and there is no mask.
-    query: (b, h, m, d). key: (b, g, n, d). value: (b, g, n, e).
+    query: (b, h, m, d). key: (b, g, n, d). value: (b, g, n, e). Keys and values that ``Cache`` handed on are read where
+        they lie, by queries that are few and see none that are later; for others they are converted.
     attention_mask: a ``CarriedMask``, a bool tensor (True may attend) or a floating one to add, both (b, 1 | h, m, n).
         None means causal from the upper left when ``is_causal`` and m > 1, as torch's ``is_causal`` does, else nothing.
     dropout: probability of dropping a weight, drawn from torch's generator.
@@ -98,13 +101,18 @@ def attention(
     if indices is not None:
         chosen = torch.zeros(*indices.shape[:2], key.shape[2], dtype=torch.bool, device=key.device)
         mask = joined(mask, explicit(chosen.scatter_(-1, indices.long(), True)[..., :keys]))
+    few = query.shape[2] == 1 or (query.shape[2] <= BLOCK_QUERIES and _sees_none_later(attention_mask, mask))
+    state = state_of(key, value) if few and keys == key.shape[2] and not dropout else None
+    if state is not None:
+        o = softmax_attention_step(query, state, mask=mask, scale=scaling, bias=bias, softcap=softcap, sink=s_aux)
+        return o.transpose(1, 2).contiguous(), None
     if keys < key.shape[2]:
         key, value = key[:, :, :keys], value[:, :, :keys]
         bias = None if bias is None else bias[..., :keys]
     o = softmax_attention(
         query,
-        key,
-        value,
+        plain(key),
+        plain(value),
         mask=mask,
         scale=scaling,
         bias=bias,
@@ -123,6 +131,12 @@ def _mask_of_none(module: nn.Module, queries: int, keys: int, is_causal: bool | 
     if keys >= queries:
         return causal(), queries  # upper-left: the rest is the room of a static cache
     return Interval(UNBOUNDED, queries - keys), keys
+
+
+def _sees_none_later(given: Tensor | None, mask: Mask | None) -> bool:
+    """Whether it is known that no query sees a key after it."""
+    interval = mask.interval() if mask is not None else None
+    return (isinstance(given, CarriedMask) and not given.later) or (interval is not None and interval[1] <= 0)
 
 
 def _check_window(asked: int | None, applied: int | None, keys: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils as theirs
 
+from attnkit.hf.carried import Carried
 from attnkit.masks import UNBOUNDED, Mask, causal, chunked, documents, explicit, full, padding
 from attnkit.masks.patterns import Interval
 
@@ -30,7 +31,7 @@ _KEEPS_TRUTH = frozenset(
 )
 
 
-class CarriedMask(Tensor):
+class CarriedMask(Carried):
     """One of our masks dressed as a bool tensor ``(b, 1, m, n)`` without its numbers, to travel through a model.
 
     Models test a mask for None, take a slice that is all of it, move it to a device; all that leaves it whole. An
@@ -41,25 +42,27 @@ class CarriedMask(Tensor):
     mask: what may be seen by ``m`` queries over the first ``keys`` keys, aligned bottom-right.
     keys: how many keys there are; the rest, up to ``n``, is the room of a static cache that nobody has filled.
     window: the causal window in the mask, when it has one.
+    later: whether it can show a key after the query.
     """
 
     mask: Mask
     keys: int
     window: int | None
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's own idiom
+    later: bool
 
     @staticmethod
-    def __new__(cls, mask: Mask, shape: tuple[int, ...], keys: int, device: Any, window: int | None) -> CarriedMask:
+    def __new__(
+        cls, mask: Mask, shape: tuple[int, ...], keys: int, device: Any, window: int | None, later: bool = True
+    ) -> CarriedMask:
         made: CarriedMask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-        made.mask, made.keys, made.window = mask, keys, window
+        made.mask, made.keys, made.window, made.later = mask, keys, window, later
         return made
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # theirs has no types
         return f"CarriedMask({self.mask!r}, shape={tuple(self.shape)}, keys={self.keys})"
+
+    def again(self, device: Any) -> CarriedMask:
+        return CarriedMask(self.mask, tuple(self.shape), self.keys, device, self.window, self.later)
 
     def dense(self) -> Tensor:
         """The same as a plain bool tensor ``(b, 1, m, n)``; keys past ``keys`` are hidden."""
@@ -67,34 +70,13 @@ class CarriedMask(Tensor):
         keep = self.mask.dense(m, self.keys, self.device)
         return torch.nn.functional.pad(keep, (0, n - self.keys)).expand(self.shape[0], -1, m, n)
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch declares the function that disables it
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        if isinstance(args[0], CarriedMask) and _leaves_whole(name, args, kwargs):
-            one = args[0]
-            return CarriedMask(one.mask, tuple(one.shape), one.keys, kwargs.get("device") or one.device, one.window)
+    def refuse(self, name: str, kwargs: dict[str, Any]) -> None:
+        """Raise unless what the operation computes with truth values is right."""
         if name not in _KEEPS_TRUTH or kwargs.get("dtype") not in (None, torch.bool):
             raise NotImplementedError(
                 f"the model computes {name} with its attention mask, which attnkit hands over as truth values: "
                 "use attn_implementation='eager' for this model"
             )
-        args, kwargs = torch.utils._pytree.tree_map_only(CarriedMask, CarriedMask.dense, (args, kwargs))
-        return func(*args, **kwargs)
-
-
-def _leaves_whole(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    match name:
-        case "detach" | "alias" | "clone":
-            return True
-        case "_to_copy":
-            return kwargs.get("dtype") in (None, torch.bool)
-        case "slice":
-            defaults: tuple[Any, ...] = (0, None, None, 1)
-            axis, start, end, step = args[1:] + defaults[len(args) - 1 :]
-            return not start and (end is None or end >= args[0].shape[axis]) and bool(step == 1)
-    return False
 
 
 @dataclass(frozen=True)
@@ -262,21 +244,21 @@ def translate(
     keys: int,
     query_offset: int,
     key_offset: int,
-) -> tuple[Mask, int, int | None] | None:
+) -> tuple[Mask, int, int | None, bool] | None:
     """A mask function and a padding mask ``(b, length)`` as one of our masks, for ``queries`` x ``keys``.
 
-    Returns the mask, how many of the keys it is for (the others are hidden by it), and its causal window if it has
-    one. None when the function is not one that Transformers makes, or when queries are not the last of the keys and it
-    matters.
+    Returns the mask, how many of the keys it is for (the others are hidden by it), its causal window if it has one, and
+    whether it can show keys after the query. None when the function is not one that Transformers makes, or when queries
+    are not the last of the keys and it matters.
     """
     whole = function if kept is None else theirs.and_masks(function, theirs.padding_mask_function(kept))
     reached = query_offset - key_offset + queries  # keys up to the last query, where a causal mask ends
     if queries <= reached <= keys:
         read = _read(whole, _Frame(key_offset, reached))
         if read is not None and (reached == keys or not read.later):
-            return read.mask, reached, read.window
+            return read.mask, reached, read.window, read.later
     read = _read(whole, _Frame(key_offset, keys))
-    return (read.mask, keys, read.window) if read is not None and not read.placed else None
+    return (read.mask, keys, read.window, read.later) if read is not None and not read.placed else None
 
 
 def attention_mask(
@@ -310,8 +292,8 @@ def attention_mask(
             key_offset=int(kv_offset),
         )
         if found is not None:
-            mask, keys, window = found
-            return CarriedMask(mask, (batch_size, 1, q_length, kv_length), keys, torch.device(device), window)
+            mask, keys, window, later = found
+            return CarriedMask(mask, (batch_size, 1, q_length, kv_length), keys, torch.device(device), window, later)
     made = theirs.sdpa_mask(
         batch_size,
         q_length,

@@ -120,6 +120,32 @@ class KVState:
         """A new state whose sequence ``i`` is a copy of sequence ``rows[i]`` (beam search, batch changes)."""
         return self._around(self._tokens.select(rows))
 
+    def grown(self, capacity: int) -> KVState:
+        """A copy with room for ``capacity`` tokens; codes stay as they are."""
+        if capacity < self.length:
+            raise ValueError(f"KVState.grown: capacity is {capacity}, expected at least the {self.length} tokens held")
+        k, v = self.like["k"], self.like["v"]
+        shape = (k.shape[0], k.shape[1], capacity, k.shape[3], v.shape[3])
+        other = KVState(*shape, dtype=k.dtype, device=k.device, codec=self.codec)
+        other._tokens.length = self.length
+        for old, new in zip(self.rows, other.rows, strict=True):
+            if isinstance(old, GroupedKeys) and isinstance(new, GroupedKeys):
+                new.kept = old.kept
+            for x, room in zip(_tensors(old), _tensors(new), strict=True):
+                most = min(x.shape[2], room.shape[2])
+                room[:, :, :most] = x[:, :, :most]
+        return other
+
+    def reorder(self, rows: Tensor) -> None:
+        """Sequence ``i`` becomes a copy of sequence ``rows[i]``, in place."""
+        where = rows.to(self.like["k"].device)
+        if torch.equal(where, torch.arange(self.like["k"].shape[0], device=where.device)):
+            return
+        for rows_of in self.rows:
+            held = rows_of[:, :, : self.length] if isinstance(rows_of, Tensor) else rows_of
+            for x in _tensors(held):
+                x.copy_(x.index_select(0, where))
+
     def check(self) -> None:
         """Raise ``AssertionError`` if the bookkeeping is broken."""
         self._tokens.check()
@@ -128,6 +154,10 @@ class KVState:
         other = object.__new__(KVState)
         other._tokens = tokens
         return other
+
+
+def _tensors(rows: Tensor | Rows) -> list[Tensor]:
+    return [rows] if isinstance(rows, Tensor) else list(rows.tensors.values())
 
 
 class CodedTokens:

@@ -1,0 +1,327 @@
+"""The layers of a cache: where keys and values lie, and what is handed on to attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import cache_utils as theirs
+
+from attnkit.hf.carried import carried
+from attnkit.state import KVState, PagedKVState
+from attnkit.state.codec import Codec
+
+_FIRST = 256  # tokens of a buffer that nobody gave a size
+
+
+class _Layer(theirs.CacheLayerMixin):
+    """What both kinds of layer check and say."""
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, dtype: torch.dtype | None, max_length: int | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtype, self.max_length = dtype, max_length
+
+    def _check(self, k: Tensor, v: Tensor, length: int) -> None:
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            raise NotImplementedError(
+                "Cache is written in place and has no gradient: decode under torch.no_grad() and train with "
+                "use_cache=False"
+            )
+        if self.dtype not in (None, k.dtype):
+            raise NotImplementedError(
+                f"Cache stores {self.dtype} and the model computes {k.dtype}: load the model in {self.dtype}, or leave "
+                "dtype out"
+            )
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"Cache was made for {self.max_length} tokens and the sequence has reached {length}: make it with "
+                f"max_length={length} or more; what it holds is unchanged"
+            )
+
+    def offload(self) -> None:
+        """Refused."""
+        raise NotImplementedError("Cache cannot be offloaded: use Transformers' DynamicCache(offloading=True)")
+
+    prefetch = offload
+
+
+def _removed(tokens: int, length: int) -> int:
+    """Tokens left after ``crop(tokens)``, which Transformers calls with a number that is not positive."""
+    if not -length <= tokens <= 0:
+        raise ValueError(f"crop got {tokens}, expected 0 to {-length}: minus the number of tokens to remove")
+    return length + tokens
+
+
+class FullLayer(_Layer):
+    """Every token, in a ``KVState`` that is made larger by doubling."""
+
+    is_sliding = False
+
+    def __init__(self, dtype: torch.dtype | None = None, max_length: int | None = None) -> None:
+        super().__init__(dtype, max_length)
+        self.state: KVState | PagedKVState | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self.state.nbytes if self.state is not None else 0
+
+    @property
+    def _batch(self) -> int:
+        assert isinstance(self.state, KVState)
+        return self.state.like["k"].shape[0]
+
+    def _made(self, capacity: int, k: Tensor, v: Tensor) -> KVState | PagedKVState:
+        b, g, _, d = k.shape
+        return KVState(b, g, capacity, d, v.shape[3], dtype=k.dtype, device=k.device)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for sequences and heads like those of ``key_states`` ``(b, g, m, d)``."""
+        with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside of it
+            self.state = self._made(max(self.max_length or _FIRST, key_states.shape[2]), key_states, value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store keys ``(b, g, m, d)`` and values ``(b, g, m, e)``; return all of them, which are no copies."""
+        before = self.get_seq_length()
+        length = before + key_states.shape[2]
+        self._check(key_states, value_states, length)
+        if self.state is None or (before == 0 and self._batch != key_states.shape[0]):
+            self.lazy_initialization(key_states, value_states)
+        assert self.state is not None
+        self._make_room(length)
+        self.state.store(key_states, value_states)
+        return self._seen(key_states, value_states, before)
+
+    def _make_room(self, length: int) -> None:
+        assert isinstance(self.state, KVState)
+        if length > self.state.capacity:
+            with torch.inference_mode(False):
+                self.state = self.state.grown(max(length, 2 * self.state.capacity))
+
+    def _seen(self, k: Tensor, v: Tensor, before: int) -> tuple[Tensor, Tensor]:
+        """What the newest tokens ``k`` and ``v``, which follow ``before`` others, attend to."""
+        assert self.state is not None
+        view = self.state.view()
+        self.keys, self.values = view.k, view.v
+        return view.k, view.v
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that ``query_length`` more tokens attend to, and the position of the first."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen."""
+        return self.state.length if self.state is not None else 0
+
+    def get_max_length(self) -> int:
+        """Tokens a sequence may reach, -1 for no bound."""
+        return self.max_length or -1
+
+    def reset(self) -> None:
+        """Forget every token and keep the buffers."""
+        self._move(0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens."""
+        self._move(_removed(tokens_to_remove, self.get_seq_length()))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence ``i`` becomes a copy of sequence ``beam_idx[i]``."""
+        if isinstance(self.state, KVState):
+            self.state.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence ``repeats`` times."""
+        if self.state is not None:
+            self.batch_select_indices(torch.arange(self._batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices``, in that order."""
+        if self.state is not None:
+            self.state = self.state.select(indices)
+            self._move(self.state.length)
+
+    def _move(self, length: int) -> None:
+        if self.state is not None:
+            self.state.crop(length)
+            self._refresh()
+
+    def _refresh(self) -> None:
+        assert self.state is not None
+        view = self.state.view()
+        self.keys, self.values = view.k, view.v
+
+
+class CodedLayer(FullLayer):
+    """Every token, quantised; what is handed on are codes, which the attention function reads in place."""
+
+    def __init__(self, codec: Codec, max_length: int | None = None) -> None:
+        super().__init__(None, max_length)
+        self.codec: Codec = codec
+
+    def activate_past_recording(self) -> None:
+        """Allow ``crop`` after each call: int4 cannot, because its guesses would read other numbers than its text."""
+        if self.codec == "int4":
+            raise NotImplementedError(
+                "int4 keys are rounded in groups of tokens, which a guess would complete too early: leave out "
+                "prompt_lookup_num_tokens and assistant_model, or use dtype='int8'"
+            )
+
+    def _made(self, capacity: int, k: Tensor, v: Tensor) -> KVState:
+        b, g, _, d = k.shape
+        return KVState(b, g, capacity, d, v.shape[3], dtype=k.dtype, device=k.device, codec=self.codec)
+
+    def _seen(self, k: Tensor, v: Tensor, before: int) -> tuple[Tensor, Tensor]:
+        assert self.state is not None
+        if self.codec == "int4" and before == 0:
+            return k, v  # a prompt is attended to as it came, as KIVI does
+        return carried(self.state, k, v)
+
+    def _refresh(self) -> None:
+        """No numbers are kept."""
+
+
+def _reorder(held: Tensor, rows: Tensor) -> None:
+    rows = rows.to(held.device)
+    if not torch.equal(rows, torch.arange(held.shape[0], device=held.device)):
+        held.copy_(held.index_select(0, rows))
+
+
+class WindowLayer(_Layer):
+    """The last ``window`` tokens, in order, in a buffer of up to twice as many.
+
+    When the buffer is full the newest ``window - 1`` tokens move to its front: one token moved for each token added,
+    and keys always lie in the order of their positions, so that every mask can be applied to them.
+    """
+
+    is_sliding = True
+
+    def __init__(self, window: int, dtype: torch.dtype | None = None, max_length: int | None = None) -> None:
+        super().__init__(dtype, max_length)
+        self.sliding_window, self.record_past = int(window), False
+        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._first = self._held = 0  # position of the token in slot 0, and how many slots hold a token
+        self._since = 0  # while the past is recorded, what a query at this position sees is kept
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(buffer.nbytes for buffer in self._buffers or ())
+
+    def activate_past_recording(self) -> None:
+        """Keep what ``crop`` may go back to, until it is called."""
+        self.record_past, self._since = True, self.get_seq_length()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for sequences and heads like those of ``key_states`` ``(b, g, m, d)``."""
+        self._buffers, self._first, self._held = None, 0, 0
+        self._grow(min(_FIRST, 2 * self.sliding_window), key_states, value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store keys ``(b, g, m, d)`` and values ``(b, g, m, e)``; return those that the new tokens may see."""
+        m, length = key_states.shape[2], self.get_seq_length()
+        self._check(key_states, value_states, length + m)
+        if self._buffers is None or (length == 0 and self._buffers[0].shape[0] != key_states.shape[0]):
+            self.lazy_initialization(key_states, value_states)
+        assert self._buffers is not None
+        before = min(length, self.sliding_window - 1)
+        kept = before
+        if self.record_past:
+            kept = self._held - max(0, min(self._since, length) - (self.sliding_window - 1) - self._first)
+        if self._held + m > self._buffers[0].shape[2]:
+            if kept + m > 2 * self.sliding_window and not self.record_past:
+                return self._replace(key_states, value_states, before)
+            self._make_room(kept, m, key_states, value_states)
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self._held : self._held + m] = new
+        self._held += m
+        self.keys, self.values = (b[:, :, self._held - before - m : self._held] for b in self._buffers)
+        return self.keys, self.values
+
+    def _replace(self, k: Tensor, v: Tensor, before: int) -> tuple[Tensor, Tensor]:
+        """More new tokens than fit, as in a prefill: hand them on as they came, keep the last."""
+        assert self._buffers is not None
+        m, length = k.shape[2], self.get_seq_length()
+        kept = min(before + m, self.sliding_window - 1)
+        seen = []
+        for i, new in enumerate((k, v)):
+            buffer = self._buffers[i]
+            seen.append(torch.cat([buffer[:, :, self._held - before : self._held], new], 2) if before else new)
+        self._first, self._held = length + m - kept, 0
+        if kept > self._buffers[0].shape[2]:
+            self._grow(2 * self.sliding_window, k, v)
+        for buffer, new in zip(self._buffers, seen, strict=True):
+            buffer[:, :, :kept] = new[:, :, new.shape[2] - kept :]
+        self._held = kept
+        self.keys, self.values = seen
+        return seen[0], seen[1]
+
+    def _make_room(self, kept: int, m: int, k: Tensor, v: Tensor) -> None:
+        """Move the newest ``kept`` tokens to the front of a buffer with room for ``m`` more."""
+        assert self._buffers is not None
+        capacity = self._buffers[0].shape[2]
+        self._first, low = self.get_seq_length() - kept, self._held - kept
+        moved = [buffer[:, :, low : self._held].clone() for buffer in self._buffers]
+        if kept + m > capacity or (capacity < 2 * self.sliding_window and kept > capacity // 2):
+            bound = kept + m if self.record_past else 2 * self.sliding_window
+            self._held = 0
+            self._grow(max(kept + m, min(2 * capacity, max(bound, 2 * self.sliding_window))), k, v)
+        for buffer, old in zip(self._buffers, moved, strict=True):
+            buffer[:, :, :kept] = old
+        self._held = kept
+
+    def _grow(self, capacity: int, k: Tensor, v: Tensor) -> None:
+        with torch.inference_mode(False):
+            one, other = (x.new_zeros(*x.shape[:2], capacity, x.shape[3]) for x in (k, v))
+        self._buffers = one, other
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that ``query_length`` more tokens attend to, and the position of the first."""
+        before = min(self.get_seq_length(), self.sliding_window - 1)
+        return before + query_length, self.get_seq_length() - before
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, those let go of included."""
+        return self._first + self._held
+
+    def get_max_length(self) -> int:
+        """Tokens kept."""
+        return self.sliding_window
+
+    def reset(self) -> None:
+        """Forget every token and keep the buffers."""
+        self._first = self._held = self._since = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens; refused where the next query would see tokens let go of."""
+        length = self.get_seq_length()
+        left = _removed(tokens_to_remove, length)
+        if left < length and max(0, left - (self.sliding_window - 1)) < self._first:
+            raise ValueError(
+                f"Cache cannot go back from {length} to {left} tokens, a window of {self.sliding_window} has let go of "
+                f"those before {self._first}: call activate_past_recording() before the tokens that may be cropped"
+            )
+        self._held, self._since = left - self._first, left
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence ``i`` becomes a copy of sequence ``beam_idx[i]``."""
+        for buffer in self._buffers or ():
+            _reorder(buffer[:, :, : self._held], beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence ``repeats`` times."""
+        if self._buffers is not None:
+            self.batch_select_indices(torch.arange(self._buffers[0].shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices``, in that order."""
+        if self._buffers is not None:
+            one, other = (buffer.index_select(0, indices.to(buffer.device)) for buffer in self._buffers)
+            self._buffers = one, other
