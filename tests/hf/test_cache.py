@@ -11,7 +11,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import attnkit.hf
-from attnkit.hf.layers import FullLayer, WindowLayer
+from attnkit.dispatch import watch
+from attnkit.hf.layers import FullLayer, PagedLayer, WindowLayer
 
 IDS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(1))
 KEPT = torch.ones_like(IDS)
@@ -89,13 +90,53 @@ def test_generated_text_is_the_same(family: str, tiny: Callable[..., Any]) -> No
     want = [model.generate(IDS, num_beams=beams, **options) for beams in (1, 3)]
     model.set_attn_implementation("attnkit")
     for beams, text in zip((1, 3), want, strict=True):
-        for cache in (attnkit.hf.Cache(model.config), attnkit.hf.Cache(model.config, max_length=24), None):
+        for made in ({}, {"max_length": 24}, {"max_length": 24, "paged": True}, None):
+            cache = None if made is None else attnkit.hf.Cache(model.config, **made)
             assert torch.equal(model.generate(IDS, num_beams=beams, cache=cache, **options), text)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_beams_share_pages_and_read_them_in_place(tiny: Callable[..., Any]) -> None:
+    model = tiny("llama")
+    ids = torch.randint(3, 99, (1, 100), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "num_beams": 3}
+    want = model.generate(ids, **options)
+    model.set_attn_implementation("attnkit")
+    cache = attnkit.hf.Cache(model.config, paged=True, max_length=140)
+    with watch() as ran:
+        assert torch.equal(model.generate(ids, cache=cache, **options), want)
+    assert set(ran) == {("softmax", "cpu"), ("softmax_step", "cpu")}
+    state = cache.layers[0].state
+    state.check()
+    assert len({table[0] for table in state._tables}) == 1  # once a beam has won, all have its first page
+    assert cache.nbytes == 4 * 2 * 3 * 3 * 64 * 2 * 16 * 4
+
+
+def test_pages_are_cropped_repeated_and_given_back() -> None:
+    layer = PagedLayer(None, 200)
+    k, v = tokens(150)
+    layer.update(k[:, :, :100], v[:, :, :100])
+    layer.crop(-30)
+    got = layer.update(k[:, :, 70:130], v[:, :, 70:130])
+    assert torch.equal(got[0] + 0, k[:, :, :130]) and torch.equal(got[1] + 0, v[:, :, :130])
+    layer.reorder_cache(torch.tensor([1, 1]))
+    got = layer.update(k[:, :, 130:], v[:, :, 130:])
+    assert torch.equal(got[0] + 0, torch.cat([k[[1, 1], :, :130], k[:, :, 130:]], 2))
+    assert layer.state is not None
+    layer.state.check()
+    with pytest.raises(ValueError, match="made for 200 tokens and the sequence has reached 230"):
+        layer.update(k[:, :, :80], v[:, :, :80])
+    layer.batch_select_indices(torch.tensor([1]))
+    assert layer.get_seq_length() == 150
+    layer.reset()
+    assert layer.get_seq_length() == 0 and layer.state.pool.free == 8
+    layer.update(k[:, :, :3], v[:, :, :3])  # two sequences again
+
+
+@pytest.mark.parametrize(
+    ("family", "made"), [("llama", {}), ("llama", {"paged": True, "max_length": 40}), ("mistral", {})]
+)
 def test_prompt_lookup_writes_the_same_text(
-    family: str, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    family: str, made: dict[str, Any], tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(family)
     ids = IDS[:1, :4].repeat(1, 5)  # something to look up, and past the window of 8
@@ -105,7 +146,7 @@ def test_prompt_lookup_writes_the_same_text(
     removed = []
     crop = attnkit.hf.Cache.crop
     monkeypatch.setattr(attnkit.hf.Cache, "crop", lambda self, count: (removed.append(count), crop(self, count)))
-    cache = attnkit.hf.Cache(model.config)
+    cache = attnkit.hf.Cache(model.config, **made)
     assert torch.equal(model.generate(ids, cache=cache, prompt_lookup_num_tokens=3, **options), want)
     assert min(removed) < 0  # some guess was wrong and taken back
 
@@ -124,6 +165,10 @@ def test_what_the_cache_cannot_do_is_refused(tiny: Callable[..., Any]) -> None:
     model = tiny("llama", "attnkit")
     with pytest.raises(ValueError, match="got dtype 'int3', expected .* int8, int4, fp8 or None"):
         attnkit.hf.Cache(model.config, dtype="int3")
+    with pytest.raises(ValueError, match="paged=True and no max_length"):
+        attnkit.hf.Cache(model.config, paged=True)
+    with pytest.raises(NotImplementedError, match="paged=True and dtype 'int8', expected one of them"):
+        attnkit.hf.Cache(model.config, "int8", paged=True, max_length=9)
     with pytest.raises(NotImplementedError, match="no gradient"):
         model(IDS, cache=attnkit.hf.Cache(model.config))
     with pytest.raises(NotImplementedError, match="the model computes torch.float32"), torch.no_grad():

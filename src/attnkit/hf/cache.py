@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import cache_utils as theirs
 
-from attnkit.hf.layers import CodedLayer, FullLayer, WindowLayer
+from attnkit.hf.layers import CodedLayer, FullLayer, PagedLayer, WindowLayer
 from attnkit.state.codec import Codec
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -28,19 +29,32 @@ class Cache(theirs.Cache):
         few tokens, as they come), and None takes the model's.
     max_length: tokens a sequence may reach; a token past it is refused. None grows.
 
+    paged: full attention keeps its tokens on pages of 64, which beams share as long as they say the same; needs
+        ``max_length`` and keeps numbers as they come.
+
     Raises
     ------
-    NotImplementedError: a layer type that cannot be kept yet. ValueError: an unknown dtype, a length that is no length.
+    NotImplementedError: a layer type that cannot be kept yet, or quantised pages. ValueError: an unknown dtype, a wrong
+    length, pages without one.
     """
 
-    def __init__(self, config: Any, dtype: torch.dtype | str | None = None, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        config: Any,
+        dtype: torch.dtype | str | None = None,
+        paged: bool = False,
+        max_length: int | None = None,
+    ) -> None:
         if max_length is not None and (isinstance(max_length, bool) or max_length < 1):
             raise ValueError(f"Cache got max_length {max_length}, expected at least 1 or None")
-        kinds, options = theirs.get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         codec = _CODECS.get(str(dtype))
-        stored = None if codec else _dtype(dtype)
-        layers = [_layer(kind, option, stored, codec, max_length) for kind, option in zip(kinds, options, strict=True)]
-        super().__init__(layers=layers)
+        if paged and codec:
+            raise NotImplementedError(f"Cache got paged=True and dtype {codec!r}, expected one of them: leave one out")
+        if paged and max_length is None:
+            raise ValueError("Cache got paged=True and no max_length: say how many tokens its pages have to hold")
+        kinds, options = theirs.get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        form = _Form(None if codec else _dtype(dtype), codec, paged, max_length)
+        super().__init__(layers=[form.layer(*pair) for pair in zip(kinds, options, strict=True)])
 
     @property
     def nbytes(self) -> int:
@@ -57,16 +71,31 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     raise ValueError(f"Cache got dtype {dtype!r}, expected a floating torch dtype, {names} or None")
 
 
-def _layer(
-    kind: str, options: dict[str, Any], dtype: torch.dtype | None, codec: Codec | None, max_length: int | None
-) -> Any:
-    match kind:
-        case "full_attention":
-            return FullLayer(dtype, max_length) if codec is None else CodedLayer(codec, max_length)
-        case "sliding_attention" | "chunked_attention":
-            return WindowLayer(options["sliding_window"], dtype, max_length)
-        case "linear_attention" | "conv" | "dummy":
-            return theirs.DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
-    raise NotImplementedError(
-        f"Cache cannot keep a layer of type {kind!r} yet: leave past_key_values out to use Transformers' own cache"
-    )
+@dataclass(frozen=True)
+class _Form:
+    """What a cache was asked to be."""
+
+    dtype: torch.dtype | None
+    codec: Codec | None
+    paged: bool
+    max_length: int | None
+
+    def layer(self, kind: str, options: dict[str, Any]) -> Any:
+        match kind:
+            case "full_attention":
+                return self._full()
+            case "sliding_attention" | "chunked_attention":
+                return WindowLayer(options["sliding_window"], self.dtype, self.max_length)
+            case "linear_attention" | "conv" | "dummy":
+                return theirs.DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
+        raise NotImplementedError(
+            f"Cache cannot keep a layer of type {kind!r} yet: leave cache out to use Transformers' own"
+        )
+
+    def _full(self) -> FullLayer:
+        if self.codec is not None:
+            return CodedLayer(self.codec, self.max_length)
+        if self.paged:
+            assert self.max_length is not None
+            return PagedLayer(self.dtype, self.max_length)
+        return FullLayer(self.dtype, self.max_length)

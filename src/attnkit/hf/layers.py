@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import cache_utils as theirs
 
 from attnkit.hf.carried import carried
-from attnkit.state import KVState, PagedKVState
+from attnkit.state import KVState, PagedKVState, PagePool
 from attnkit.state.codec import Codec
 
 _FIRST = 256  # tokens of a buffer that nobody gave a size
+_PAGE = 64  # tokens of a page
 
 
 class _Layer(theirs.CacheLayerMixin):
@@ -73,8 +74,7 @@ class FullLayer(_Layer):
 
     @property
     def _batch(self) -> int:
-        assert isinstance(self.state, KVState)
-        return self.state.like["k"].shape[0]
+        return self.state.like["k"].shape[0] if isinstance(self.state, KVState) else 0
 
     def _made(self, capacity: int, k: Tensor, v: Tensor) -> KVState | PagedKVState:
         b, g, _, d = k.shape
@@ -191,6 +191,51 @@ def _reorder(held: Tensor, rows: Tensor) -> None:
     rows = rows.to(held.device)
     if not torch.equal(rows, torch.arange(held.shape[0], device=held.device)):
         held.copy_(held.index_select(0, rows))
+
+
+class PagedLayer(FullLayer):
+    """Every token, on pages that beams share as long as they say the same; reordering them copies no page.
+
+    A pool has room for ``max_length`` tokens of each sequence of the first batch and is not made larger.
+    """
+
+    def __init__(self, dtype: torch.dtype | None, max_length: int) -> None:
+        super().__init__(dtype, max_length)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, in use or not."""
+        return self.state.pool.nbytes if isinstance(self.state, PagedKVState) else 0
+
+    @property
+    def _batch(self) -> int:
+        return len(self.state.lengths) if isinstance(self.state, PagedKVState) else 0
+
+    def _made(self, capacity: int, k: Tensor, v: Tensor) -> PagedKVState:
+        b, g, _, d = k.shape
+        pages = b * -(-capacity // _PAGE)
+        return PagedKVState(PagePool(pages, _PAGE, g, d, v.shape[3], dtype=k.dtype, device=k.device), b)
+
+    def _make_room(self, length: int) -> None:
+        """The pool has it, or refuses."""
+
+    def _seen(self, k: Tensor, v: Tensor, before: int) -> tuple[Tensor, Tensor]:
+        assert self.state is not None
+        return carried(self.state, k, v) if before else (k, v)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence ``i`` has the pages of sequence ``beam_idx[i]``; no number moves."""
+        if beam_idx.tolist() != list(range(self._batch)):
+            self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices``, in that order."""
+        if isinstance(self.state, PagedKVState):
+            before, self.state = self.state, self.state.select(indices)
+            before.release()
+
+    def _refresh(self) -> None:
+        """No numbers are kept."""
 
 
 class WindowLayer(_Layer):
