@@ -10,7 +10,8 @@ try:
 except ImportError as error:
     raise ImportError("attnkit.hf needs Transformers, which is not installed: pip install 'attnkit[hf]'") from error
 
+from attnkit.hf.accelerate import accelerate, restore
 from attnkit.hf.cache import Cache
 from attnkit.hf.register import register, unregister
 
-__all__ = ["Cache", "register", "unregister"]
+__all__ = ["Cache", "accelerate", "register", "restore", "unregister"]

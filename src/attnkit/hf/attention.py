@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnkit.hf.carried import plain, state_of
+from attnkit.hf.latent import latents_of
 from attnkit.hf.masks import CarriedMask
 from attnkit.masks import UNBOUNDED, Mask, causal, explicit, joined
 from attnkit.masks.patterns import Interval
@@ -101,6 +102,11 @@ def attention(
     if indices is not None:
         chosen = torch.zeros(*indices.shape[:2], key.shape[2], dtype=torch.bool, device=key.device)
         mask = joined(mask, explicit(chosen.scatter_(-1, indices.long(), True)[..., :keys]))
+    latents = latents_of(key, value)
+    if latents is not None and keys == key.shape[2] and not (dropout or softcap) and bias is None and s_aux is None:
+        absorbed = latents.attend(query, mask, scaling)
+        if absorbed is not None:
+            return absorbed.transpose(1, 2).contiguous(), None
     few = query.shape[2] == 1 or (query.shape[2] <= BLOCK_QUERIES and _sees_none_later(attention_mask, mask))
     state = state_of(key, value) if few and keys == key.shape[2] and not dropout else None
     if state is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import cache_utils as theirs
 
-from attnkit.hf.layers import CodedLayer, FullLayer, PagedLayer, WindowLayer
+from attnkit.hf.layers import CodedLayer, FullLayer, LatentLayer, PagedLayer, WindowLayer
 from attnkit.state.codec import Codec
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -18,8 +18,9 @@ _CODECS: dict[str, Codec] = {"int8": "int8", "int4": "int4", "fp8": "fp8"}
 class Cache(theirs.Cache):
     """Keys and values of every layer in buffers allocated ahead: ``model.generate(..., cache=Cache(config))``.
 
-    Full attention keeps every token, in a buffer of ``max_length`` tokens or one that doubles; a sliding window or a
-    chunk keeps what it can still see. Linear layers keep Transformers' own state, whose size is fixed.
+    Full attention keeps every token, in a buffer of ``max_length`` tokens or one that doubles; latent attention joins a
+    token's latent and rotary key in one row; a sliding window or a chunk keeps what it can still see. Linear layers
+    keep Transformers' own state, whose size is fixed.
 
     Parameters
     ----------
@@ -27,10 +28,9 @@ class Cache(theirs.Cache):
     dtype: what keys and values are stored in. A floating dtype or its name ("bf16", "fp16", "fp32", "fp64") has to be
         what the model computes them in; "int8", "fp8" and "int4" quantise the layers of full attention (a window keeps
         few tokens, as they come), and None takes the model's.
-    max_length: tokens a sequence may reach; a token past it is refused. None grows.
-
     paged: full attention keeps its tokens on pages of 64, which beams share as long as they say the same; needs
         ``max_length`` and keeps numbers as they come.
+    max_length: tokens a sequence may reach; a token past it is refused. None grows.
 
     Raises
     ------
@@ -52,8 +52,10 @@ class Cache(theirs.Cache):
             raise NotImplementedError(f"Cache got paged=True and dtype {codec!r}, expected one of them: leave one out")
         if paged and max_length is None:
             raise ValueError("Cache got paged=True and no max_length: say how many tokens its pages have to hold")
-        kinds, options = theirs.get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-        form = _Form(None if codec else _dtype(dtype), codec, paged, max_length)
+        text = config.get_text_config(decoder=True)
+        kinds, options = theirs.get_layer_types_and_kwargs(text)
+        latent = getattr(text, "kv_lora_rank", None) is not None
+        form = _Form(None if codec else _dtype(dtype), codec, paged, latent, max_length)
         super().__init__(layers=[form.layer(*pair) for pair in zip(kinds, options, strict=True)])
 
     @property
@@ -78,6 +80,7 @@ class _Form:
     dtype: torch.dtype | None
     codec: Codec | None
     paged: bool
+    latent: bool
     max_length: int | None
 
     def layer(self, kind: str, options: dict[str, Any]) -> Any:
@@ -98,4 +101,4 @@ class _Form:
         if self.paged:
             assert self.max_length is not None
             return PagedLayer(self.dtype, self.max_length)
-        return FullLayer(self.dtype, self.max_length)
+        return (LatentLayer if self.latent else FullLayer)(self.dtype, self.max_length)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import cache_utils as theirs
 
 from attnkit.hf.carried import carried
-from attnkit.state import KVState, PagedKVState, PagePool
+from attnkit.state import KVState, LatentState, PagedKVState, PagePool
 from attnkit.state.codec import Codec
 
 _FIRST = 256  # tokens of a buffer that nobody gave a size
@@ -65,7 +65,7 @@ class FullLayer(_Layer):
 
     def __init__(self, dtype: torch.dtype | None = None, max_length: int | None = None) -> None:
         super().__init__(dtype, max_length)
-        self.state: KVState | PagedKVState | None = None
+        self.state: KVState | PagedKVState | LatentState | None = None
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +76,7 @@ class FullLayer(_Layer):
     def _batch(self) -> int:
         return self.state.like["k"].shape[0] if isinstance(self.state, KVState) else 0
 
-    def _made(self, capacity: int, k: Tensor, v: Tensor) -> KVState | PagedKVState:
+    def _made(self, capacity: int, k: Tensor, v: Tensor) -> KVState | PagedKVState | LatentState:
         b, g, _, d = k.shape
         return KVState(b, g, capacity, d, v.shape[3], dtype=k.dtype, device=k.device)
 
@@ -93,23 +93,25 @@ class FullLayer(_Layer):
         self._check(key_states, value_states, length)
         if self.state is None or (before == 0 and self._batch != key_states.shape[0]):
             self.lazy_initialization(key_states, value_states)
-        assert self.state is not None
         self._make_room(length)
-        self.state.store(key_states, value_states)
+        self._store(key_states, value_states)
         return self._seen(key_states, value_states, before)
 
+    def _store(self, k: Tensor, v: Tensor) -> None:
+        assert isinstance(self.state, KVState | PagedKVState)
+        self.state.store(k, v)
+
     def _make_room(self, length: int) -> None:
-        assert isinstance(self.state, KVState)
+        assert isinstance(self.state, KVState | LatentState)
         if length > self.state.capacity:
             with torch.inference_mode(False):
                 self.state = self.state.grown(max(length, 2 * self.state.capacity))
 
     def _seen(self, k: Tensor, v: Tensor, before: int) -> tuple[Tensor, Tensor]:
         """What the newest tokens ``k`` and ``v``, which follow ``before`` others, attend to."""
-        assert self.state is not None
-        view = self.state.view()
-        self.keys, self.values = view.k, view.v
-        return view.k, view.v
+        self._refresh()
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that ``query_length`` more tokens attend to, and the position of the first."""
@@ -133,7 +135,7 @@ class FullLayer(_Layer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence ``i`` becomes a copy of sequence ``beam_idx[i]``."""
-        if isinstance(self.state, KVState):
+        if isinstance(self.state, KVState | LatentState) and beam_idx.tolist() != list(range(self._batch)):
             self.state.reorder(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -153,9 +155,38 @@ class FullLayer(_Layer):
             self._refresh()
 
     def _refresh(self) -> None:
-        assert self.state is not None
+        assert isinstance(self.state, KVState)
         view = self.state.view()
         self.keys, self.values = view.k, view.v
+
+
+class LatentLayer(FullLayer):
+    """Every token's latent with its rotary key behind it in one row, as the kernel of latent attention reads them.
+
+    Models hand them in as keys ``(b, 1, m, c)`` and values ``(b, 1, m, r)``, and get them back as parts of the rows.
+    """
+
+    def _made(self, capacity: int, k: Tensor, v: Tensor) -> LatentState:
+        if k.shape[1] != 1:
+            raise NotImplementedError(
+                f"Cache got keys of {k.shape[1]} heads from a model with latents, expected 1: leave cache out to use "
+                "Transformers' own"
+            )
+        self._size = k.shape[3]
+        return LatentState(k.shape[0], capacity, k.shape[3], v.shape[3], dtype=k.dtype, device=k.device)
+
+    @property
+    def _batch(self) -> int:
+        return self.state.buffers["latent"].shape[0] if isinstance(self.state, LatentState) else 0
+
+    def _store(self, k: Tensor, v: Tensor) -> None:
+        assert isinstance(self.state, LatentState)
+        self.state.append(latent=torch.cat([k, v], -1))
+
+    def _refresh(self) -> None:
+        assert isinstance(self.state, LatentState)
+        rows = self.state.view()["latent"]
+        self.keys, self.values = rows[..., : self._size], rows[..., self._size :]
 
 
 class CodedLayer(FullLayer):
@@ -178,7 +209,7 @@ class CodedLayer(FullLayer):
         return KVState(b, g, capacity, d, v.shape[3], dtype=k.dtype, device=k.device, codec=self.codec)
 
     def _seen(self, k: Tensor, v: Tensor, before: int) -> tuple[Tensor, Tensor]:
-        assert self.state is not None
+        assert isinstance(self.state, KVState)
         if self.codec == "int4" and before == 0:
             return k, v  # a prompt is attended to as it came, as KIVI does
         return carried(self.state, k, v)
@@ -220,7 +251,7 @@ class PagedLayer(FullLayer):
         """The pool has it, or refuses."""
 
     def _seen(self, k: Tensor, v: Tensor, before: int) -> tuple[Tensor, Tensor]:
-        assert self.state is not None
+        assert isinstance(self.state, PagedKVState)
         return carried(self.state, k, v) if before else (k, v)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnkit.state.codec import Codec, GroupedKeys, GroupedValues, ScaledRows, checked_codec
-from attnkit.state.tokens import TokenState, check_new_tokens
+from attnkit.state.tokens import TokenState, check_new_tokens, check_room
 from attnkit.state.view import View
 
 Rows = ScaledRows | GroupedKeys | GroupedValues
@@ -122,29 +122,11 @@ class KVState:
 
     def grown(self, capacity: int) -> KVState:
         """A copy with room for ``capacity`` tokens; codes stay as they are."""
-        if capacity < self.length:
-            raise ValueError(f"KVState.grown: capacity is {capacity}, expected at least the {self.length} tokens held")
-        k, v = self.like["k"], self.like["v"]
-        shape = (k.shape[0], k.shape[1], capacity, k.shape[3], v.shape[3])
-        other = KVState(*shape, dtype=k.dtype, device=k.device, codec=self.codec)
-        other._tokens.length = self.length
-        for old, new in zip(self.rows, other.rows, strict=True):
-            if isinstance(old, GroupedKeys) and isinstance(new, GroupedKeys):
-                new.kept = old.kept
-            for x, room in zip(_tensors(old), _tensors(new), strict=True):
-                most = min(x.shape[2], room.shape[2])
-                room[:, :, :most] = x[:, :, :most]
-        return other
+        return self._around(self._tokens.grown(capacity))
 
     def reorder(self, rows: Tensor) -> None:
         """Sequence ``i`` becomes a copy of sequence ``rows[i]``, in place."""
-        where = rows.to(self.like["k"].device)
-        if torch.equal(where, torch.arange(self.like["k"].shape[0], device=where.device)):
-            return
-        for rows_of in self.rows:
-            held = rows_of[:, :, : self.length] if isinstance(rows_of, Tensor) else rows_of
-            for x in _tensors(held):
-                x.copy_(x.index_select(0, where))
+        self._tokens.reorder(rows)
 
     def check(self) -> None:
         """Raise ``AssertionError`` if the bookkeeping is broken."""
@@ -154,10 +136,6 @@ class KVState:
         other = object.__new__(KVState)
         other._tokens = tokens
         return other
-
-
-def _tensors(rows: Tensor | Rows) -> list[Tensor]:
-    return [rows] if isinstance(rows, Tensor) else list(rows.tensors.values())
 
 
 class CodedTokens:
@@ -224,6 +202,27 @@ class CodedTokens:
         if why := self.k.crop(length):
             raise ValueError(f"KVState.crop: cannot go back from {self.length} to {length} tokens: {why}")
         self.length = length
+
+    def grown(self, capacity: int) -> CodedTokens:
+        check_room("KVState.grown", capacity, self.length)
+        k, v = self.like["k"], self.like["v"]
+        other = CodedTokens(
+            self.codec, k.shape[0], k.shape[1], capacity, k.shape[3], v.shape[3], dtype=k.dtype, device=k.device
+        )
+        for old, new in ((self.k, other.k), (self.v, other.v)):
+            for name, x in old.tensors.items():
+                room = new.tensors[name]
+                most = min(x.shape[2], room.shape[2])
+                room[:, :, :most] = x[:, :, :most]
+        if isinstance(self.k, GroupedKeys) and isinstance(other.k, GroupedKeys):
+            other.k.kept = self.k.kept
+        other.length = self.length
+        return other
+
+    def reorder(self, rows: Tensor) -> None:
+        for held in (self.k, self.v):
+            for x in held.tensors.values():
+                x.copy_(x.index_select(0, rows.to(x.device)))
 
     def fork(self) -> Self:
         return self.select(torch.arange(self.like["k"].shape[0]))

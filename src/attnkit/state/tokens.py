@@ -100,10 +100,32 @@ class TokenState:
         }
         return other
 
+    def grown(self, capacity: int) -> Self:
+        """A copy with room for ``capacity`` tokens."""
+        check_room(f"{self._owner}.grown", capacity, self.length)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._buffers = {}
+        for name, held in self.view().items():
+            other._buffers[name] = held.new_zeros(*held.shape[:2], capacity, held.shape[3])
+            other._buffers[name][:, :, : self.length] = held
+        return other
+
+    def reorder(self, rows: Tensor) -> None:
+        """Sequence ``i`` becomes a copy of sequence ``rows[i]``, in place."""
+        for held in self.view().values():
+            held.copy_(held.index_select(0, rows.to(held.device)))
+
     def check(self) -> None:
         """Raise ``AssertionError`` if the bookkeeping is broken."""
         assert 0 <= self.length <= self.capacity
         assert len({(buffer.shape[0], buffer.shape[2]) for buffer in self._buffers.values()}) == 1
+
+
+def check_room(where: str, capacity: int, length: int) -> None:
+    """Raise ``ValueError`` unless ``length`` tokens fit."""
+    if capacity < length:
+        raise ValueError(f"{where}: capacity is {capacity}, expected at least {length}, the tokens held")
 
 
 def check_new_tokens(where: str, new: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> int:
