@@ -30,12 +30,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from attnkit.blocks import spans
-
-# A chunk's own work is CHUNK numbers a token beside d for the state, and a state is kept for each: 64 is both.
-CHUNK = 64
-# Decays of every channel need s x s x d numbers for pairs of tokens: only within tiles this small. Of 4, 8, 16 tokens 8
-# were fastest on one core of an AMD EPYC, with heads of 64.
-TILE = 8
+from attnkit.costs import CHUNK as CHUNK
+from attnkit.costs import TILE
 
 Form = Callable[..., tuple[Tensor, Tensor]]
 

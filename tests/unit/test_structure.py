@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A module imports from its own group and from those before it.
 GROUPS = (
-    ("native", "spec", "dispatch", "shapes", "masks", "positions", "noise", "blocks", "convolution", "recurrence"),
+    ("native", "spec", "costs", "dispatch", "shapes", "masks", "positions", "noise"),
+    ("blocks", "convolution", "recurrence"),
     ("state", "projected", "gpu"),
     ("mechanisms",),
     ("registry",),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnkit.costs import interval_pairs
 from attnkit.masks.algebra import Mask, Reach, Tiles
 
 UNBOUNDED = 1 << 62
@@ -51,6 +52,10 @@ class Interval(Mask):
 
     def interval(self) -> tuple[int, int]:
         return self.left, self.right
+
+    def visible_pairs(self, m: int, n: int) -> int:
+        left, right = (None if side == UNBOUNDED else side for side in (self.left, self.right))
+        return interval_pairs(m, n, left, right)
 
     def reach(self) -> Reach | None:
         return None if self.left == UNBOUNDED else Reach(self.left + 1, 0, exact=self.right == 0)

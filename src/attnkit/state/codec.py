@@ -29,11 +29,12 @@ from typing import Any, Literal, Self, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from attnkit.costs import GROUP as GROUP
+from attnkit.costs import packed_bytes as packed_bytes
+
 _Rows = TypeVar("_Rows")
 
 Codec = Literal["int8", "int4", "fp8"]
-GROUP = 32
-"""Tokens of a group of int4 keys."""
 CHANNELS = 32
 """Channels of a group of int4 values."""
 
@@ -213,12 +214,6 @@ def _toward(x: Tensor, end: float) -> Tensor:
     near = x.to(torch.bfloat16)
     moved = near.nextafter(torch.full_like(near, end))
     return torch.where((near.float() > x) if end < 0 else (near.float() < x), moved, near)
-
-
-def packed_bytes(size: int) -> int:
-    """Bytes of one token's int4 codes."""
-    rest = size % 128
-    return size // 128 * 64 + (0 if rest == 0 else 32 if rest <= 64 else 64)
 
 
 def pack(codes: Tensor) -> Tensor:

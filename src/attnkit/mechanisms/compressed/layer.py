@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from attnkit.mechanisms.compressed import compressed_attention, cost
+from attnkit.costs import compressed as cost
+from attnkit.mechanisms.compressed import compressed_attention
 from attnkit.mechanisms.compressed.compressor import Compressor, Indexer, linear, turned
 from attnkit.mechanisms.compressed.weights import from_deepseek
 from attnkit.positions import Rotary

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
 from attnkit import shapes
+from attnkit.costs import delta as cost
 from attnkit.dispatch import run
 from attnkit.mechanisms.delta import chunk, cpu
 from attnkit.mechanisms.delta.reference import forward as reference
-from attnkit.mechanisms.delta.walk import BLOCK
 from attnkit.recurrence import exactly
-from attnkit.spec import Backend, Call, Cost, Laws, LayerPlace, Mechanism, Preset, Sizes
+from attnkit.spec import Backend, Call, Laws, LayerPlace, Mechanism, Preset, Sizes
 from attnkit.state import RecurrentState
 
 __all__ = [
@@ -140,23 +140,6 @@ def sample(
     made: dict[str, Any] = {name: x.to(device, dtype) for name, x in drawn.items()}
     made["state"] = state.to(device, torch.promote_types(dtype, torch.float32))
     return made | {"return_state": True}
-
-
-def cost(sizes: Sizes, *, tail: int = 0, itemsize: int = 4) -> Cost:
-    """Cost of ``m`` tokens after any number of others; the state is ``h * d * e`` float32 numbers.
-
-    ``tail`` is the numbers that a layer's convolution keeps, of ``itemsize`` bytes.
-    """
-    s = sizes
-    state = s.h * s.d * s.e
-    tables = 0 if s.m == 1 else 2 * min(s.m, BLOCK) * (s.d + s.e)
-    token = s.h * (s.d + 2 * s.e) + s.g * s.d + 2 * s.h
-    return Cost(
-        flops=s.b * s.m * (6 * state + s.h * tables),
-        bytes=s.b * (s.m * token * itemsize + 2 * 4 * state),
-        state_bytes_per_token=0,
-        state_bytes_fixed=4 * state + tail * itemsize,
-    )
 
 
 def _short(call: Call) -> tuple[str, ...]:

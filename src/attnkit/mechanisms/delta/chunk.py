@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnkit.blocks import spans
+from attnkit.costs import DELTA_BLOCK as BLOCK
 from attnkit.mechanisms.delta.lawful import spoiled_from
-from attnkit.mechanisms.delta.walk import BLOCK, Run, Tokens
+from attnkit.mechanisms.delta.walk import Run, Tokens
 
 # Blocks whose tables are in memory at once. On one core 2 to 16 take the same time; half of 8 is half the memory.
 RUN = 4

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnkit.convolution import ShortConvolution
-from attnkit.mechanisms.delta import cost, delta_attention
+from attnkit.costs import delta as cost
+from attnkit.mechanisms.delta import delta_attention
 from attnkit.shapes import check_groups
 from attnkit.spec import Cost, Sizes
 from attnkit.state import RecurrentState

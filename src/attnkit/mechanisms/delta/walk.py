@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from attnkit.costs import DELTA_BLOCK as BLOCK
 from attnkit.mechanisms.delta.pairs import Pairs, pairs, slopes
-
-# Tables cost a token BLOCK numbers, states d * e / BLOCK: at the head sizes in use, 64 balances the two.
-BLOCK = 64
 
 
 class Tokens(NamedTuple):

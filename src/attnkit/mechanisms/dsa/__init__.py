@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from attnkit import shapes
+from attnkit.costs import dsa as cost
 from attnkit.dispatch import run
-from attnkit.masks import causal
 from attnkit.mechanisms.dsa import chunk
 from attnkit.mechanisms.dsa.losses import index_loss
 from attnkit.mechanisms.dsa.reference import forward as reference
 from attnkit.mechanisms.mla import SPEC as MLA
 from attnkit.positions import Rotary
-from attnkit.spec import Backend, Cost, Laws, LayerPlace, Mechanism, Preset, Sizes
+from attnkit.spec import Backend, Laws, LayerPlace, Mechanism, Preset, Sizes
 from attnkit.state import LatentState
 
 __all__ = ["SPEC", "DSAConfig", "DSAttention", "dsa_attention", "dsa_sparse_loss", "dsa_warmup_loss"]
@@ -172,34 +172,6 @@ def sample(
         for shape in ((s.b, 8, s.m, 6), (s.b, 1, s.n, 6), (s.b, 8, s.m))
     )
     return {**drawn, "index_q": index_q, "index_k": index_k, "index_w": index_w + 0.5, "top": 2 + s.n // 3}
-
-
-def cost(
-    sizes: Sizes,
-    *,
-    top: int = 2048,
-    latent: int | None = None,
-    rotary: int | None = None,
-    index: int = 128,
-    index_heads: int = 64,
-    itemsize: int = 4,
-) -> Cost:
-    """Cost of one call; a token's state is that of latent attention and its index key.
-
-    ``latent`` and ``rotary`` are as in the cost of latent attention.
-    """
-    s = sizes
-    c, r = 4 * s.e if latent is None else latent, s.e // 2 if rotary is None else rotary
-    pairs = causal().visible_pairs(s.m, s.n)
-    hidden = causal().visible_pairs(s.m, s.n - top) if s.n > top else 0
-    attention = MLA.cost(s, latent=c, rotary=r, itemsize=itemsize)
-    absorbed = 2 * s.b * s.h * ((pairs - hidden) * (2 * c + r) + s.m * (s.d - r + s.e) * c)
-    return Cost(
-        flops=2 * s.b * pairs * index_heads * (index + 1) + min(attention.flops, absorbed),
-        bytes=attention.bytes + s.b * (s.n + s.m * index_heads) * index * itemsize,
-        state_bytes_per_token=attention.state_bytes_per_token + index * itemsize,
-        state_bytes_fixed=0,
-    )
 
 
 def _chunk() -> Any:

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from attnkit.costs import dsa as cost
 from attnkit.masks import Mask, causal
-from attnkit.mechanisms.dsa import cost, dsa_attention, dsa_sparse_loss, dsa_warmup_loss
+from attnkit.mechanisms.dsa import dsa_attention, dsa_sparse_loss, dsa_warmup_loss
 from attnkit.mechanisms.dsa.losses import beside
 from attnkit.mechanisms.mla import MLAConfig, MLAttention
 from attnkit.spec import Cost, Sizes

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from attnkit import shapes
+from attnkit.costs import gla as cost
 from attnkit.dispatch import run
 from attnkit.mechanisms.gla import chunk, cpu
 from attnkit.mechanisms.gla.reference import forward as reference
-from attnkit.recurrence import CHUNK, TILE, exactly
-from attnkit.spec import Backend, Cost, Laws, LayerPlace, Mechanism, Preset, Sizes
+from attnkit.recurrence import exactly
+from attnkit.spec import Backend, Laws, LayerPlace, Mechanism, Preset, Sizes
 from attnkit.state import RecurrentState
 
 __all__ = ["SPEC", "GatedLinearAttention", "GatedLinearConfig", "gla_attention", "gla_attention_step"]
@@ -135,21 +136,6 @@ def sample(
     )
     made = {"q": q, "k": k, "v": v, "log_decay": logsigmoid(2 + drawn)}
     return {name: x.to(device, dtype) for name, x in made.items()}
-
-
-def cost(sizes: Sizes, *, itemsize: int = 4) -> Cost:
-    """Cost of one call with a gate a channel; the state is d x e float32 numbers a KV head, at any length."""
-    s = sizes
-    # Pairs of a tile multiply a gate as well; a chunk's other pairs have it in their factors.
-    inside = s.h * s.m * (min(s.n, CHUNK) * (s.d + s.e) + min(s.n, TILE) * s.d) if s.m > 1 else 0
-    state = 4 * s.g * s.d * s.e
-    return Cost(
-        flops=s.b * (2 * (s.h + s.g) * s.m * s.d * s.e + inside),
-        bytes=s.b * (s.h * s.m * (s.d + s.e) * itemsize + s.g * s.m * (s.d + s.e) * itemsize + 4 * s.g * s.m * s.d)
-        + 2 * s.b * state,
-        state_bytes_per_token=0,
-        state_bytes_fixed=state,
-    )
 
 
 def _cpu() -> Any:

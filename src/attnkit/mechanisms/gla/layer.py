@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu
 
-from attnkit.mechanisms.gla import cost, gla_attention, gla_attention_step
+from attnkit.costs import gla as cost
+from attnkit.mechanisms.gla import gla_attention, gla_attention_step
 from attnkit.shapes import check_groups
 from attnkit.spec import Cost, Sizes
 from attnkit.state import RecurrentState

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from attnkit import shapes
+from attnkit.costs import latent_forms
+from attnkit.costs import mla as cost
 from attnkit.dispatch import run
 from attnkit.masks import Mask, causal, checked
 from attnkit.mechanisms.mla import absorbed, cpu, expanded
 from attnkit.mechanisms.mla.keys import mla_expand, parts
 from attnkit.mechanisms.mla.reference import forward as reference
 from attnkit.positions import Rotary
-from attnkit.spec import Backend, Call, Cost, Laws, LayerPlace, Mechanism, Preset, Sizes
+from attnkit.spec import Backend, Call, Laws, LayerPlace, Mechanism, Preset, Sizes
 from attnkit.state import LatentState
 
 __all__ = ["SPEC", "MLAConfig", "MLAttention", "mla_attention", "mla_expand"]
@@ -104,35 +106,12 @@ def sample(
     return {name: x.to(device, dtype) for name, x in drawn.items()} | {"mask": causal()}
 
 
-def cost(sizes: Sizes, *, latent: int | None = None, rotary: int | None = None, itemsize: int = 4) -> Cost:
-    """Cost of one causal call in the cheaper form; a token's state is its latent and its rotary key, of all heads.
-
-    ``latent`` is four times and ``rotary`` half of the value size when None, which is DeepSeek's choice.
-    """
-    s = sizes
-    c, r = 4 * s.e if latent is None else latent, s.e // 2 if rotary is None else rotary
-    pairs, token = causal().visible_pairs(s.m, s.n), s.g * (c + r) * itemsize
-    maps = s.h * (s.d - r + s.e) * c
-    return Cost(
-        flops=2 * s.b * min(_pairs_and_maps(s, c, r, pairs)),
-        bytes=s.b * (s.h * s.m * (s.d + s.e) * itemsize + s.n * token) + maps * itemsize,
-        state_bytes_per_token=token,
-        state_bytes_fixed=0,
-    )
-
-
-def _pairs_and_maps(s: Sizes, c: int, r: int, pairs: int) -> tuple[int, int]:
-    """Multiply-adds of a sequence, absorbed and expanded: what a pair takes, and mapping queries or else keys."""
-    row = s.h * (s.d - r + s.e) * c
-    return s.h * pairs * (2 * c + r) + s.m * row, s.h * pairs * (s.d + s.e) + s.n * row
-
-
 def _dearer(call: Call) -> tuple[str, ...]:
     """Why the absorbed form is not taken unless it is named."""
     q, latent, kv_b = call["q"], call["latent"], call["kv_b"]
     (_, h, m, d), n = q.shape, latent.shape[2]
     _, rotary, e, c = parts(q, latent, kv_b)
-    absorbed_, expanded_ = _pairs_and_maps(Sizes(h=h, m=m, n=n, d=d, e=e), c, rotary, m * n)
+    absorbed_, expanded_ = latent_forms(Sizes(h=h, m=m, n=n, d=d, e=e), c, rotary, m * n)
     if absorbed_ <= expanded_:
         return ()
     return (f"{m} queries of {n} latents take {absorbed_:,} multiply-adds, {expanded_:,} expanded",)

@@ -10,8 +10,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from attnkit.costs import mla as cost
 from attnkit.masks import Mask, causal, joined
-from attnkit.mechanisms.mla import cost, mla_attention
+from attnkit.mechanisms.mla import mla_attention
 from attnkit.positions import Rotary, YaRN
 from attnkit.spec import Cost, Sizes
 from attnkit.state import LatentState

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from attnkit import shapes
+from attnkit.costs import retention as cost
 from attnkit.dispatch import run
 from attnkit.mechanisms.retention import chunk, cpu
 from attnkit.mechanisms.retention.decays import minimax_decays, retnet_decays
 from attnkit.mechanisms.retention.reference import forward as reference
 from attnkit.positions import Rotary
-from attnkit.recurrence import CHUNK, exactly
-from attnkit.spec import Backend, Cost, Laws, LayerPlace, Mechanism, Preset, Sizes
+from attnkit.recurrence import exactly
+from attnkit.spec import Backend, Laws, LayerPlace, Mechanism, Preset, Sizes
 from attnkit.state import RecurrentState
 
 __all__ = [
@@ -139,19 +140,6 @@ def sample(
     )
     drawn = {"q": q, "k": k, "v": v, "log_decay": -torch.linspace(0.01, 0.8, s.h, dtype=torch.float64)}
     return {name: x.to(device, dtype) for name, x in drawn.items()}
-
-
-def cost(sizes: Sizes, *, itemsize: int = 4) -> Cost:
-    """Cost of one call; the state is d x e float32 numbers a query head, at any length."""
-    s = sizes
-    inside = s.h * s.m * min(s.n, CHUNK) * (s.d + s.e) if s.m > 1 else 0
-    state = 4 * s.h * s.d * s.e
-    return Cost(
-        flops=s.b * (4 * s.h * s.m * s.d * s.e + inside),
-        bytes=s.b * ((s.h + s.g) * s.m * (s.d + s.e) * itemsize + 2 * state),
-        state_bytes_per_token=0,
-        state_bytes_fixed=state,
-    )
 
 
 def _cpu() -> Any:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from attnkit.mechanisms.retention import cost, retention_attention, retention_attention_step
+from attnkit.costs import retention as cost
+from attnkit.mechanisms.retention import retention_attention, retention_attention_step
 from attnkit.mechanisms.retention.decays import minimax_decays
 from attnkit.positions import Rotary
 from attnkit.projected import check_rotary

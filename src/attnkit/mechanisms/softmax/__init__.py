@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from attnkit import shapes
+from attnkit.costs import softmax as cost
 from attnkit.dispatch import run
 from attnkit.masks import UNBOUNDED, Mask, causal, checked
 from attnkit.masks.patterns import Interval
 from attnkit.mechanisms.softmax import cpu, flex, sdpa
 from attnkit.mechanisms.softmax.reference import forward as reference
-from attnkit.spec import Backend, Call, Cost, Laws, Mechanism, Sizes
+from attnkit.spec import Backend, Call, Laws, Mechanism, Sizes
 from attnkit.state import KVState
 
 __all__ = [
@@ -265,22 +266,6 @@ def sample(
         for shape in ((s.b, s.h, s.m, s.d), (s.b, s.g, s.n, s.d), (s.b, s.g, s.n, s.e))
     )
     return {"q": q, "k": k, "v": v, "mask": causal()}
-
-
-def cost(sizes: Sizes, *, mask: Mask | None = None, itemsize: int = 4) -> Cost:
-    """Cost of one call; a mask that lets go of old keys (a window) needs a fixed state instead of a growing one."""
-    s = sizes
-    share = s.m * s.n if mask is None else mask.visible_pairs(s.m, s.n) / (mask.batches * mask.heads)
-    token = s.g * (s.d + s.e) * itemsize
-    reach = mask.reach() if mask is not None else None
-    if reach and reach.window + reach.sinks >= s.n:
-        reach = None  # nothing to let go of yet: the layer keeps them all, see ``SoftmaxAttention.state``
-    return Cost(
-        flops=int(2 * s.b * s.h * share * (s.d + s.e)),
-        bytes=s.b * (s.h * s.m * (s.d + s.e) * itemsize + s.n * token),
-        state_bytes_per_token=0 if reach else token,
-        state_bytes_fixed=(reach.window + reach.sinks) * token if reach else 0,
-    )
 
 
 def _bias_gradient(call: Call) -> tuple[str, ...]:

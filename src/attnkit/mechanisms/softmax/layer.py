@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from attnkit.costs import softmax as cost
 from attnkit.masks import Mask, causal, joined
-from attnkit.mechanisms.softmax import cost, softmax_attention, streaming
+from attnkit.mechanisms.softmax import softmax_attention, streaming
 from attnkit.positions import Rotary, T5Buckets, alibi_slopes
 from attnkit.projected import check_rotary
 from attnkit.shapes import check_groups

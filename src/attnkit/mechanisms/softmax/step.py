@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from attnkit import shapes
+from attnkit.costs import softmax as cost
 from attnkit.dispatch import run
 from attnkit.masks import Mask, Moved, causal, checked
 from attnkit.mechanisms.softmax import SPEC as WHOLE
-from attnkit.mechanisms.softmax import cost
 from attnkit.mechanisms.softmax import sample as whole_sample
 from attnkit.mechanisms.softmax.cached import native_step, rejects
 from attnkit.mechanisms.softmax.reference import forward as whole_reference
