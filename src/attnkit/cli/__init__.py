@@ -13,6 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 import attnkit
+from attnkit.cli.advise import verb as advise_verb
 from attnkit.cli.bench import verb as bench_verb
 from attnkit.cli.compare import verb as compare_verb
 from attnkit.cli.doctor import verb as doctor_verb
@@ -36,6 +37,7 @@ app.command("list")(list_verb)
 app.command("explain")(explain_verb)
 app.command("mask")(mask_verb)
 app.command("doctor")(doctor_verb)
+app.command("advise")(advise_verb)
 app.command("bench")(bench_verb)
 app.command("compare")(compare_verb)
 app.command("new")(new_verb)

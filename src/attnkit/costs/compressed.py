@@ -33,11 +33,13 @@ def compressed(
         # Values and gates of the tokens that wait, of two series each where windows overlap; then the last series a.
         waiting = (2 if overlap else 1) * min(rate - 1, s.n) + (rate if overlap else 0)
         fixed += kept * itemsize * (s.n // rate + 2 * waiting) - token * s.n
-    vectors = min(s.n, window - 1 + s.m) + (0 if rate is None else s.n // rate)
+    entries = 0 if rate is None else s.n // rate
     heads, size = index or (0, 0)
+    # All index keys are read, and the entries that queries pick by them.
+    vectors = min(s.n, window - 1 + s.m) + (entries if top is None else min(entries, s.m * top))
     return Cost(
         flops=4 * s.b * s.h * s.d * (near + far) + 2 * s.b * heads * size * ranked,
-        bytes=s.b * (2 * s.h * s.m * s.d + s.g * vectors * s.d + (s.n // (rate or 1)) * size) * itemsize,
+        bytes=s.b * (2 * s.h * s.m * s.d + s.g * vectors * s.d + entries * size) * itemsize,
         state_bytes_per_token=token,
         state_bytes_fixed=fixed,
     )

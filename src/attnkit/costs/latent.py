@@ -51,9 +51,11 @@ def dsa(
     hidden = interval_pairs(s.m, s.n - top, None, 0) if s.n > top else 0
     attention = mla(s, latent=c, rotary=r, itemsize=itemsize)
     absorbed = 2 * s.b * s.h * ((pairs - hidden) * (2 * c + r) + s.m * (s.d - r + s.e) * c)
+    # A query reads the latents that were picked for it, and all index keys.
+    unread = max(0, s.n - s.m * top) * s.g * (c + r)
     return Cost(
         flops=2 * s.b * pairs * index_heads * (index + 1) + min(attention.flops, absorbed),
-        bytes=attention.bytes + s.b * (s.n + s.m * index_heads) * index * itemsize,
+        bytes=attention.bytes + s.b * ((s.n + s.m * index_heads) * index - unread) * itemsize,
         state_bytes_per_token=attention.state_bytes_per_token + index * itemsize,
         state_bytes_fixed=0,
     )

@@ -1,0 +1,97 @@
+"""``attnkit advise``."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from attnkit.cli.output import Json, console, emit
+
+Most = Literal["nothing", "switch", "conversion", "retraining"]
+
+
+def verb(
+    config: Annotated[str | None, typer.Argument(help="config.json, its folder, or a name: see --models.")] = None,
+    hardware: Annotated[str, typer.Option(help="Such as h100-sxm or 8xh200, a .toml file, or here.")] = "",
+    lengths: Annotated[str, typer.Option(help="p50=2k,p99=96k[,max=128k], or a file, a length a line.")] = "",
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests served at once.")] = 1,
+    target: Annotated[str, typer.Option(help="ttft=2s,itl=50ms: first token, and every further one.")] = "",
+    quality: Annotated[str, typer.Option(help='What has to stay: "recall matters", locality, streaming.')] = "",
+    most: Annotated[Most, typer.Option(help="The most effort that is wanted.")] = "retraining",
+    planned: Annotated[bool, typer.Option("--planned", help="The model is not trained yet.")] = False,
+    source: Annotated[str, typer.Option(help="Tokens that cross-attention reads.")] = "",
+    shared: Annotated[str, typer.Option(help="Tokens that all prompts start with.")] = "",
+    html: Annotated[Path | None, typer.Option(help="Write the answer as a page to this file.")] = None,
+    models: Annotated[bool, typer.Option("--models", help="List the models that are known by name.")] = False,
+    families: Annotated[bool, typer.Option("--families", help="List the families that can be read.")] = False,
+    machines: Annotated[bool, typer.Option("--machines", help="List the hardware that is known by name.")] = False,
+    json: Json = False,
+) -> None:
+    """Say which attention, which cache and which backend a model should have, and why everything else lost.
+
+    It reads a config.json of Transformers; nothing of the model is loaded, and no code of a checkpoint runs. From the
+    costs of its layers, the limits of the hardware and the lengths of the traffic it works out bytes, requests that fit
+    and the least times, for the model as it is and for other caches, heads and mechanisms. What is asked for has to
+    hold at the 99th percentile.
+
+    Examples:
+
+        attnkit advise llama-3-8b --hardware h100-sxm --lengths p50=2k,p99=8k --concurrency 64
+        attnkit advise ./config.json --hardware 8xh200 --lengths lengths.txt --target ttft=2s,itl=50ms
+        attnkit advise llama-3-8b --hardware a10 --lengths p50=2k,p99=6k --concurrency 16 --most switch
+        attnkit advise llama-3-70b --hardware 2xh100-sxm --lengths p50=4k,p99=8k --quality "recall matters" --json
+    """
+    from attnkit.advise.lengths import tokens
+
+    if models or families or machines:
+        _list(models, families, machines, json)
+        return
+    for name, value in (("CONFIG", config), ("--hardware", hardware), ("--lengths", lengths)):
+        if not value:
+            raise ValueError(
+                f"advise got no {name}, expected it: attnkit advise llama-3-8b --hardware h100-sxm --lengths 8k"
+            )
+    assert config is not None
+    from attnkit.advise.answer import advise
+    from attnkit.advise.terminal import show
+
+    efforts = {"switch": "a switch", "conversion": "conversion and healing"}
+    answer = advise(
+        config,
+        hardware=hardware,
+        lengths=lengths,
+        concurrency=concurrency,
+        target=target,
+        quality_words=quality,
+        most=efforts.get(most, most),
+        planned=planned,
+        source=tokens(source, "source") if source else 0,
+        shared=tokens(shared, "shared") if shared else 0,
+    )
+    if json:
+        from attnkit.advise.document import document
+
+        emit(document(answer))
+    else:
+        show(answer, console())
+
+
+def _list(models: bool, families: bool, machines: bool, json: bool) -> None:
+    from attnkit.advise.families import TABLE, configs
+    from attnkit.advise.hardware import table
+
+    found: dict[str, list[str]] = {}
+    if models:
+        found["models"] = list(configs())
+    if families:
+        found["families"] = sorted(TABLE)
+    if machines:
+        found["machines"] = list(table())
+    if json:
+        print(jsonlib.dumps(found, indent=2))
+        return
+    for names in found.values():
+        print("\n".join(names))

@@ -1,0 +1,41 @@
+"""``attnkit advise`` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ASK = ("--hardware", "a10", "--lengths", "p50=2k,p99=6k", "--concurrency", "16")
+
+
+def test_it_answers_for_a_known_model(run: Any) -> None:
+    done = run("advise", "llama-3-8b", *ASK)
+    assert done.code == 0, done.err
+    assert "Take int4 cache (a switch, no training)" in done.out
+    assert "16 requests of the worst case need 16.0 GiB of cache, and 5.9 GiB are free" in " ".join(done.out.split())
+
+
+def test_json_says_the_same(run: Any) -> None:
+    found = run("advise", "llama-3-8b", *ASK, "--json").json
+    assert found["decision"]["chosen"] == "int4"
+    assert found["model"]["token_bytes"] == 131_072
+    assert {one["name"] for one in found["alternatives"]} >= {"as-is", "paged", "int8", "gqa-4", "mla", "linear-hybrid"}
+    assert found["hardware"]["source"] == "NVIDIA A10 datasheet"
+
+
+@pytest.mark.parametrize(
+    ("option", "word"), [("--models", "llama-3-8b"), ("--families", "qwen3_next"), ("--machines", "h200")]
+)
+def test_what_is_known_is_listed(run: Any, option: str, word: str) -> None:
+    assert word in run("advise", option).out.split()
+
+
+def test_a_config_of_a_checkpoint_is_read_from_its_folder(run: Any, tmp_path: Path) -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config |= {"vocab_size": 99, "intermediate_size": 96, "mystery_key": 7}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = run("advise", tmp_path, "--hardware", "t4", "--lengths", "1k")
+    assert "mystery_key" in done.out
