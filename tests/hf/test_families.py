@@ -6,8 +6,7 @@ of the eager implementation in float32.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from transformers import DynamicCache, StaticCache
 
 import attnkit.hf
 from attnkit.dispatch import watch
+from attnkit.parity.subject import float64_softmax
 from attnkit.testing.budgets import assert_within
 
 # Families that do not call an attention function, and keep their own attention whatever is asked for.
@@ -72,15 +72,9 @@ def runs(model: Any) -> dict[str, Callable[[], Tensor]]:
 
 
 @pytest.fixture
-def softmax_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager attention rounds its weights to float32 whatever the model's dtype; this lets float64 through."""
-    plain = torch.nn.functional.softmax
-
-    @functools.wraps(plain)
-    def softmax(x: Tensor, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
-        return plain(x, *args, dtype=None if x.dtype == torch.float64 else dtype, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "softmax", softmax)
+def softmax_in_float64() -> Iterator[None]:
+    with float64_softmax():
+        yield
 
 
 @torch.no_grad()

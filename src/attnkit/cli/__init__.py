@@ -22,6 +22,7 @@ from attnkit.cli.listing import verb as list_verb
 from attnkit.cli.mask import verb as mask_verb
 from attnkit.cli.new import verb as new_verb
 from attnkit.cli.output import StoppedError
+from attnkit.cli.parity import verb as parity_verb
 
 # What torch says in a plain RuntimeError.
 OUT_OF_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
@@ -40,6 +41,7 @@ app.command("doctor")(doctor_verb)
 app.command("advise")(advise_verb)
 app.command("bench")(bench_verb)
 app.command("compare")(compare_verb)
+app.command("parity")(parity_verb)
 app.command("new")(new_verb)
 
 

@@ -59,6 +59,14 @@ def allowed(gold: Tensor, naive: Tensor, dtype: torch.dtype, gradient: bool = Fa
     return gate.naive * plain + gate.floor * _EPS[dtype] * magnitude
 
 
+@dataclass(frozen=True)
+class Use:
+    """How much of its budget a result used; above 1 it is wrong, and ``problem`` says what is and where."""
+
+    share: float
+    problem: str | None = None
+
+
 def assert_within(
     got: Tensor, gold: Tensor, naive: Tensor, dtype: torch.dtype, gradient: bool = False, what: str = "result"
 ) -> float:
@@ -73,31 +81,60 @@ def assert_within(
     gradient: use the gates for gradients.
     what: name of the tensor in messages.
     """
+    found = used(got, gold, naive, dtype, gradient=gradient, what=what)
+    assert found.problem is None, found.problem
+    return found.share
+
+
+def used(
+    got: Tensor,
+    gold: Tensor,
+    naive: Tensor,
+    dtype: torch.dtype,
+    *,
+    gradient: bool = False,
+    through_layers: bool = False,
+    what: str = "result",
+) -> Use:
+    """The budget that ``got`` used, right or wrong; arguments as for ``assert_within``.
+
+    through_layers: the result went through more than one operation, whose rounding adds up, so that the spread and the
+    drift of the naive run are allowed in every dtype, ``naive`` times, as the spread is in float32.
+    """
     assert_distinct(got=got, gold=gold, naive=naive)
     assert got.shape == gold.shape == naive.shape, (
         f"{what} has shape {tuple(got.shape)}, expected {tuple(gold.shape)} (naive {tuple(naive.shape)})"
     )
     assert gold.dtype == torch.float64, f"gold of {what} is {gold.dtype}, expected float64"
-    got = got.detach().to(gold.dtype)
-    _assert_same_specials(got, gold, what)
+    got, naive = got.detach().to(gold.dtype), naive.detach().to(gold.dtype)
+    if problem := _wrong_specials(got, gold, what):
+        return Use(math.inf, problem)
     finite = torch.isfinite(gold)
     if not finite.any():
-        return 0.0
-    error = torch.where(finite, got - gold, 0.0)
+        return Use(0.0)
+    error, plain = torch.where(finite, got - gold, 0.0), (naive - gold)[finite]
     gate = (GRADIENT if gradient else FORWARD)[dtype]
-    shares = {"largest error": (_largest(error), allowed(gold, naive, dtype, gradient))}
+    judged = [("largest error", _largest(error), allowed(gold, naive, dtype, gradient))]
     count = int(finite.sum())
     if gate.spread is not None and count >= SPREAD_FROM:
-        size = gold[finite].square().mean().sqrt().item()
-        plain = (naive.to(gold.dtype) - gold)[finite].square().mean().sqrt().item() if dtype == torch.float32 else 0.0
-        bound = max(gate.spread * size, gate.naive * plain) if math.isfinite(plain) else gate.spread * size
-        shares["error spread"] = (error[finite].square().mean().sqrt().item(), bound)
+        bound = gate.spread * gold[finite].square().mean().sqrt().item()
+        if dtype == torch.float32 or through_layers:
+            bound = _or_naive(bound, gate.naive * plain.square().mean().sqrt().item())
+        judged.append(("error spread", error[finite].square().mean().sqrt().item(), bound))
     if gate.drift is not None and count >= DRIFT_FROM:
-        size = gold[finite].abs().mean().item()
-        shares["error drift"] = (abs(error[finite].mean().item()), gate.drift * size)
-    for name, (found, bound) in shares.items():
-        assert found <= bound, _message(what, name, found, bound, got, gold, error)
-    return max(found / bound for found, bound in shares.values() if bound) if any(b for _, b in shares.values()) else 0
+        bound = gate.drift * gold[finite].abs().mean().item()
+        if through_layers:
+            bound = _or_naive(bound, gate.naive * abs(plain.mean().item()))
+        judged.append(("error drift", abs(error[finite].mean().item()), bound))
+    for name, found, bound in judged:
+        if not found <= bound:
+            share = found / bound if bound else math.inf
+            return Use(share, _message(what, name, found, bound, got, gold, error))
+    return Use(max((found / bound for _, found, bound in judged if bound), default=0.0))
+
+
+def _or_naive(bound: float, plain: float) -> float:
+    return max(bound, plain) if math.isfinite(plain) else bound
 
 
 def assert_distinct(**tensors: Tensor) -> None:
@@ -109,7 +146,7 @@ def assert_distinct(**tensors: Tensor) -> None:
             assert other == name, f"{name} shares memory with {other}: clone the inputs of each run"
 
 
-def _assert_same_specials(got: Tensor, gold: Tensor, what: str) -> None:
+def _wrong_specials(got: Tensor, gold: Tensor, what: str) -> str | None:
     for kind, found, wanted in (
         ("NaN", got.isnan(), gold.isnan()),
         ("+inf", got == torch.inf, gold == torch.inf),
@@ -118,10 +155,11 @@ def _assert_same_specials(got: Tensor, gold: Tensor, what: str) -> None:
         wrong = (found != wanted).nonzero()
         if len(wrong):
             place = tuple(wrong[0].tolist())
-            raise AssertionError(
+            return (
                 f"{what}: {kind} in {len(wrong)} wrong places, first at {place}: got {got[place].item()}, expected "
                 f"{gold[place].item()}"
             )
+    return None
 
 
 def _message(what: str, name: str, found: float, bound: float, got: Tensor, gold: Tensor, error: Tensor) -> str:

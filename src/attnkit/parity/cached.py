@@ -1,0 +1,38 @@
+"""Checks of a model that reads its text piece by piece, with a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from attnkit.parity.caches import cache
+from attnkit.parity.forward import LOGITS, Trace, judged, left_padded
+from attnkit.parity.record import Check, Finding, Lane
+from attnkit.parity.subject import Subject, hidden_states
+
+
+def read(model: Any, subject: Subject, cuts: Iterable[int], name: str) -> Trace:
+    """What ``traced`` returns, of text that is padded on the left and read in pieces that end at ``cuts``."""
+    ids, kept = subject.ids, left_padded(subject.ids)
+    held, logits = cache(name, model.config, ids.shape[1] + 1), []
+    with torch.no_grad(), hidden_states(model) as seen:
+        for start, end in pairwise((0, *cuts)):
+            out = model(ids[:, start:end], attention_mask=kept[:, :end], cache=held, use_cache=True)
+            logits.append(out.logits)
+    found = {name: torch.cat(calls, 1) for name, calls in seen.items() if all(x.dim() == 3 for x in calls)}
+    return {name: x[kept.bool()] for name, x in (found | {LOGITS: torch.cat(logits, 1)}).items()}
+
+
+def _decode(subject: Subject, lane: Lane) -> Finding:
+    n = subject.ids.shape[1]
+    cuts = (n // 2, *range(n // 2 + 1, n + 1))
+    assert lane.cache is not None
+    gold, naive = subject.expected("decode", lambda model: read(model, subject, cuts, "dynamic"))
+    with subject.under(lane.backend) as model:
+        return judged(read(model, subject, cuts, lane.cache), gold, naive, subject.dtype)
+
+
+CHECKS = (Check("decode", "tokens read one at a time after a prompt padded on the left", _decode, cached=True),)
