@@ -8,6 +8,7 @@ from attnkit.state.latent import LatentState
 from attnkit.state.layered import LayeredState, State
 from attnkit.state.paged import PagedKVState, PagePool
 from attnkit.state.pooled import PooledState
+from attnkit.state.prefix import PoolBusyError, PrefixCache
 from attnkit.state.pyramid import PyramidState
 from attnkit.state.recurrent import RecurrentState
 from attnkit.state.rewritten import RewrittenState
@@ -24,7 +25,9 @@ __all__ = [
     "LayeredState",
     "PagePool",
     "PagedKVState",
+    "PoolBusyError",
     "PooledState",
+    "PrefixCache",
     "PyramidState",
     "RecurrentState",
     "RewrittenState",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Callable, Sequence
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class PagePool:
         self.k = torch.zeros(pages, heads, page, key_size, dtype=dtype, device=device)
         self.v = torch.zeros(pages, heads, page, value_size, dtype=dtype, device=device)
         self.page = page
+        self.keeper: Keeper | None = None
         self._free = list(range(pages - 1, -1, -1))
         self._owners = [0] * pages
 
@@ -80,10 +82,40 @@ class PagePool:
         self.release(page)
         return other
 
+    @classmethod
+    def within(
+        cls,
+        budget: int,
+        page: int,
+        heads: int,
+        key_size: int,
+        value_size: int | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """As many pages as ``budget`` bytes hold: a limit that nothing exceeds, since nothing is allocated later."""
+        each = cls(1, page, heads, key_size, value_size, dtype=dtype, device=device).nbytes
+        if budget < each:
+            raise ValueError(
+                f"PagePool.within: the budget is {budget} bytes and one page of {page} tokens takes {each}"
+            )
+        return cls(budget // each, page, heads, key_size, value_size, dtype=dtype, device=device)
+
     def check(self) -> None:
         """Raise ``AssertionError`` if the bookkeeping is broken."""
         assert len(set(self._free)) == len(self._free)
         assert [page for page, count in enumerate(self._owners) if count == 0] == sorted(self._free)
+
+
+class Keeper(Protocol):
+    """Who holds pages that it can give up and promises pages to states: asked before a state takes any."""
+
+    def room(self, state: PagedKVState, needed: Callable[[], int]) -> int:
+        """Pages that ``state`` may take, after giving up what it takes to make that ``needed()``, if it can be made."""
+
+    def forget(self, state: PagedKVState) -> None:
+        """The state has given its pages back."""
 
 
 class PagedKVState:
@@ -141,10 +173,11 @@ class PagedKVState:
             raise ValueError(
                 f"{where}: lengths is {counts}, expected 0 to {m} for each of {len(self._tables)} sequences"
             )
+        room = pool.free if pool.keeper is None else pool.keeper.room(self, lambda: self._needed(counts))
         needed = self._needed(counts)
-        if needed > pool.free:
+        if needed > room:
             raise ValueError(
-                f"{where}: needs {needed} more pages of {pool.page} tokens and {pool.free} are free: release states "
+                f"{where}: needs {needed} more pages of {pool.page} tokens and {room} are free: release states "
                 f"that are done, or make the pool with more pages"
             )
         for row, count in enumerate(counts):
@@ -215,6 +248,16 @@ class PagedKVState:
             )
         return self._packed
 
+    def pages(self, row: int) -> list[int]:
+        """The pages of one sequence, in order."""
+        return list(self._tables[row])
+
+    def adopt(self, row: int, pages: Sequence[int], length: int) -> None:
+        """Let the empty sequence ``row`` begin with the first ``length`` tokens on ``pages``, which it then shares."""
+        assert not self._tables[row] and len(pages) == -(-length // self.pool.page)
+        self._tables[row], self._lengths[row] = [self.pool.share(page) for page in pages], length
+        self._packed = None
+
     def crop(self, length: int) -> None:
         """Forget all but the first ``length`` tokens of every sequence that has more."""
         if not 0 <= length <= self.length:
@@ -255,6 +298,8 @@ class PagedKVState:
                 self.pool.release(table.pop())
         self._lengths = [0] * len(self._lengths)
         self._packed = None
+        if self.pool.keeper is not None:
+            self.pool.keeper.forget(self)
 
     def check(self) -> None:
         """Raise ``AssertionError`` if the bookkeeping is broken."""
