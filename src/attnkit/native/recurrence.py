@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from attnkit import native
 from attnkit.native import linear
+from attnkit.native.memory import empty
 
 # Scratch memory grows with d * e; no head is near this.
 MOST_SIZE = 1 << 16
@@ -107,11 +108,11 @@ def _forward(given: Given, scale: float, *, keep_states: bool) -> tuple[Tensor, 
     """Results, the last state, the states before every chunk if they are to be kept, and how many tokens count."""
     q, k, v, log_decay, beta, state = given = _laid_out(given)
     (b, h, m, d), e, s = q.shape, v.shape[3], _states(given)
-    o, last = q.new_empty(b, h, m, e), q.new_empty(b, s, d, e, dtype=torch.float32)
+    o, last = empty(q, b, h, m, e), empty(q, b, s, d, e, dtype=torch.float32)
     if k.shape[2] == 0:
         last.zero_() if state is None else last.copy_(state)
     chunks = -(-k.shape[2] // linear.CHUNK) if keep_states else 0
-    states = q.new_empty(b, s, chunks, d, e, dtype=torch.float32)
+    states = empty(q, b, s, chunks, d, e, dtype=torch.float32)
     lawful = q.new_empty(0 if beta is None else b * s, dtype=torch.int64)
     results = {"o": o, "last": last, "states": states if keep_states else None, "lawful": lawful}
     native.run("linear_forward", _packed(given, scale, results))
@@ -125,10 +126,10 @@ def _backward(
     q, k, v, log_decay, beta, state = given = _laid_out(given)
     (b, h, m, d), n, e, s = q.shape, k.shape[2], v.shape[3], _states(given)
     slopes = {
-        "dq": q.new_empty(b, h, m, d),
-        "dk": k.new_empty(b, s, n, d),
-        "dv": v.new_empty(b, s, n, e),
-        "d_decay": None if log_decay is None else q.new_empty(log_decay.shape, dtype=torch.float32),
+        "dq": empty(q, b, h, m, d),
+        "dk": empty(k, b, s, n, d),
+        "dv": empty(v, b, s, n, e),
+        "d_decay": None if log_decay is None else empty(q, *log_decay.shape, dtype=torch.float32),
         "d_beta": None if beta is None else q.new_empty(b, s, n, dtype=torch.float32),
         "d_state": d_last.clone(memory_format=torch.contiguous_format) if n == 0 else torch.empty_like(states[:, :, 0]),
     }
