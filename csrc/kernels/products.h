@@ -1,9 +1,10 @@
-// Products of the small matrices that a chunk of tokens is: 64 rows or so, row-major in scratch memory, whole vectors wide.
+// Products of the small matrices that a chunk of tokens is: 32 rows or so, row-major in scratch memory, whole vectors wide.
 //
-// One block of kRows rows times a strip of up to kStripVectors vectors is accumulated in registers, as in gemm.h, but the
-// left matrix may be read along either axis, so that A^T B needs no transposed copy. Only A B^T does: see transposed().
+// One block of rows times a strip of up to kStripVectors vectors is accumulated in registers, as in gemm.h, but the left
+// matrix may be read along either axis, so that A^T B needs no transposed copy. Only A B^T does: see transposed().
 // Every sum runs over its steps in ascending order in one chain of multiply-adds, whatever the strip or the block.
-// Rows are padded to a multiple of kRows; what is computed there is never read.
+// Blocks are of kRows rows, at the end of 4 or 2: 32 rows are 6 6 6 6 4 4. Of an odd number one row more is computed, and
+// is never read.
 
 // The left matrix: row i, step s is at[i * row + s * step].
 struct Left {
@@ -21,12 +22,12 @@ enum class Part {
   kStepsFrom,    // steps from the first row of the block: the left matrix is upper triangular
 };
 
-template <int kVectors>
+template <int kBlock, int kVectors>
 ATTNKIT_NOINLINE void product_block(Left a, const float* b, int64_t ldb, int64_t steps, const float* keep, float* c,
                                     int64_t ldc) {
-  Vec acc[kRows][kVectors];
+  Vec acc[kBlock][kVectors];
 #pragma GCC unroll 6
-  for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < kBlock; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j)
       acc[i][j] = keep ? load(c + i * ldc + j * kWidth) * splat(keep[i]) : zero();
@@ -35,7 +36,7 @@ ATTNKIT_NOINLINE void product_block(Left a, const float* b, int64_t ldb, int64_t
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) row[j] = load(b + j * kWidth);
 #pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < kBlock; ++i) {
       const Vec x = splat(a.at[i * a.row]);
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) acc[i][j] = fma(x, row[j], acc[i][j]);
@@ -44,10 +45,13 @@ ATTNKIT_NOINLINE void product_block(Left a, const float* b, int64_t ldb, int64_t
     b += ldb;
   }
 #pragma GCC unroll 6
-  for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < kBlock; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kWidth, acc[i][j]);
 }
+
+// How many of the rows that are left the next block takes.
+ATTNKIT_INLINE int64_t block_rows(int64_t left) { return left >= kRows && left != 8 ? kRows : left >= 3 ? 4 : 2; }
 
 // c = a * b, or with `keep`, a factor for each row, c = keep * c + a * b. `columns` count numbers; whole vectors are done.
 template <Part kPart = Part::kAll>
@@ -55,16 +59,23 @@ void multiply(int64_t rows, int64_t columns, int64_t steps, Left a, const float*
               const float* keep = nullptr) {
   const int64_t vectors = ceil_div(columns, kWidth);
   for (int64_t v = 0; v < vectors; v += kStripVectors) {
-    for (int64_t row = 0; row < rows; row += kRows) {
+    for (int64_t row = 0, block = 0; row < rows; row += block) {
+      block = block_rows(rows - row);
       int64_t from = 0, to = steps, end = vectors;
-      if constexpr (kPart == Part::kColumnsUpTo) end = least(vectors, ceil_div(row + kRows, kWidth));
-      if constexpr (kPart == Part::kStepsUpTo) to = least(steps, row + kRows);
+      if constexpr (kPart == Part::kColumnsUpTo) end = least(vectors, ceil_div(row + block, kWidth));
+      if constexpr (kPart == Part::kStepsUpTo) to = least(steps, row + block);
       if constexpr (kPart == Part::kStepsFrom) from = row;
       const int64_t strip = least<int64_t>(kStripVectors, end - v);
       if (strip <= 0) continue;
+      const Left left = {a.at + row * a.row + from * a.step, a.row, a.step};
+      const float* factors = keep ? keep + row : nullptr;
       with_vectors(strip, [&](auto count) {
-        product_block<count.count>({a.at + row * a.row + from * a.step, a.row, a.step}, b + from * ldb + v * kWidth, ldb,
-                                   to - from, keep ? keep + row : nullptr, c + row * ldc + v * kWidth, ldc);
+        constexpr int kVectors = decltype(count)::count;
+        const float* right = b + from * ldb + v * kWidth;
+        float* to_c = c + row * ldc + v * kWidth;
+        if (block == kRows) return product_block<kRows, kVectors>(left, right, ldb, to - from, factors, to_c, ldc);
+        if (block == 4) return product_block<4, kVectors>(left, right, ldb, to - from, factors, to_c, ldc);
+        product_block<2, kVectors>(left, right, ldb, to - from, factors, to_c, ldc);
       });
     }
   }

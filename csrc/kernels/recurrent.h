@@ -39,13 +39,13 @@ class Recurrent {
     Chunk<T> chunk;
     float *q, *o, *u, *r, *state, *scores, *system;
     Work(const attnkit_linear& c, Arena& arena) : chunk(c, arena) {
-      q = arena.take(kChunkRows * chunk.ld);
-      o = arena.take(kChunkRows * chunk.le);
-      u = arena.take(c.beta ? kChunkRows * chunk.le : 0);
-      r = arena.take(c.beta ? kChunkRows * chunk.le : 0);
-      system = arena.take(c.beta ? kChunkRows * kChunk : 0);
+      q = arena.take(kChunk * chunk.ld);
+      o = arena.take(kChunk * chunk.le);
+      u = arena.take(c.beta ? kChunk * chunk.le : 0);
+      r = arena.take(c.beta ? kChunk * chunk.le : 0);
+      system = arena.take(c.beta ? kChunk * kChunk : 0);
       state = arena.take(chunk.ld * chunk.le);
-      scores = arena.take(kChunkRows * kChunk);
+      scores = arena.take(kChunk * kChunk);
     }
   };
 
@@ -92,7 +92,7 @@ class Recurrent {
     const int64_t skip = most<int64_t>(past - chunk.first, 0), row = chunk.first + skip - past;
     const T* q = static_cast<const T*>(c_.q) + unit.batch * c_.q_b + head * c_.q_h + row * c_.q_m;
     load_rows(static_cast<const T*>(nullptr), 0, 0, c_.d, c_.scale, w.q, chunk.ld, skip);
-    load_rows(q, c_.q_m, chunk.size - skip, c_.d, c_.scale, w.q + skip * chunk.ld, chunk.ld, kChunkRows - skip);
+    load_rows(q, c_.q_m, chunk.size - skip, c_.d, c_.scale, w.q + skip * chunk.ld, chunk.ld, kChunk - skip);
     chunk.scores(w.q, true, 1.0f, w.scores);
     chunk.read(w.q, w.state, w.o);
     multiply<Part::kStepsUpTo>(chunk.size, c_.e, chunk.size, rows_of(w.scores, kChunk), u, chunk.le, w.o, chunk.le,

@@ -37,32 +37,32 @@ class RecurrentBackward {
 
     Work(const attnkit_linear& c, Arena& arena) : chunk(c, arena) {
       const int64_t ld = chunk.ld, le = chunk.le, delta = c.beta != nullptr;
-      q = arena.take(kChunkRows * ld);
-      d_o = arena.take(kChunkRows * le);
-      u = arena.take(delta * kChunkRows * le);
+      q = arena.take(kChunk * ld);
+      d_o = arena.take(kChunk * le);
+      u = arena.take(delta * kChunk * le);
       ut = arena.take(le * kChunk);
-      r = arena.take(delta * kChunkRows * le);
-      du = arena.take(kChunkRows * le);
-      dr = arena.take(delta * kChunkRows * le);
-      scores = arena.take(kChunkRows * kChunk);
-      d_scores = arena.take(kChunkRows * kChunk);
-      system = arena.take(delta * kChunkRows * kChunk);
+      r = arena.take(delta * kChunk * le);
+      du = arena.take(kChunk * le);
+      dr = arena.take(delta * kChunk * le);
+      scores = arena.take(kChunk * kChunk);
+      d_scores = arena.take(kChunk * kChunk);
+      system = arena.take(delta * kChunk * kChunk);
       state = arena.take(ld * le);
       state_t = arena.take(le * ld);
       ds = arena.take(ld * le);
       ds_t = arena.take(le * ld);
       kept = arena.take(ld);
-      d_rows = arena.take(kChunkRows * ld);
-      d_far = arena.take(kChunkRows * ld);
-      dk_row = arena.take(kChunkRows * ld);
-      dk_column = arena.take(kChunkRows * ld);
-      dk_own = arena.take(kChunkRows * ld);
-      here = arena.take(kChunkRows * ld);
-      across = arena.take(chunk.channels * kChunkRows * ld);
-      own = arena.take(kChunkRows);
-      ones = arena.take(most(ld, kChunkRows));
+      d_rows = arena.take(kChunk * ld);
+      d_far = arena.take(kChunk * ld);
+      dk_row = arena.take(kChunk * ld);
+      dk_column = arena.take(kChunk * ld);
+      dk_own = arena.take(kChunk * ld);
+      here = arena.take(kChunk * ld);
+      across = arena.take(chunk.channels * kChunk * ld);
+      own = arena.take(kChunk);
+      ones = arena.take(most(ld, kChunk));
       if (ones)
-        for (int64_t i = 0; i < most(ld, kChunkRows); ++i) ones[i] = 1.0f;
+        for (int64_t i = 0; i < most(ld, kChunk); ++i) ones[i] = 1.0f;
     }
   };
 
@@ -107,10 +107,10 @@ class RecurrentBackward {
       w.kept[i] = chunk.through[i] * sum(both);
     }
     chunk.weigh_keys();
-    multiply(tokens, c_.e, c_.d, rows_of(chunk.kw, ld), w.ds, le, w.du, le);
+    multiply(round_up(tokens, kSolveRows), c_.e, c_.d, rows_of(chunk.kw, ld), w.ds, le, w.du, le);
     multiply(tokens, c_.d, c_.e, rows_of(u, le), w.ds_t, ld, w.d_far, ld);
     fade(chunk, chunk.end, chunk.to_end, w.d_far);
-    for (int64_t i = 0; i < kChunkRows * ld; i += kWidth) {
+    for (int64_t i = 0; i < kChunk * ld; i += kWidth) {
       store(w.dk_column + i, zero());
       store(w.dk_own + i, zero());
       store(w.here + i, zero());
@@ -119,7 +119,7 @@ class RecurrentBackward {
     if (c_.beta) {
       delta(w, unit);
     } else {
-      for (int64_t i = 0; i < kChunkRows * ld; i += kWidth) store(w.dk_row + i, zero());
+      for (int64_t i = 0; i < kChunk * ld; i += kWidth) store(w.dk_row + i, zero());
     }
     T* dv = static_cast<T*>(c_.dv) + (unit.number * c_.n + chunk.first) * c_.e;
     store_rows(c_.beta ? w.dr : w.du, le, tokens, c_.e, dv, c_.e);
@@ -139,10 +139,10 @@ class RecurrentBackward {
     const int64_t place = (unit.batch * c_.h + head) * c_.m + row;
     const T* q = static_cast<const T*>(c_.q) + unit.batch * c_.q_b + head * c_.q_h + row * c_.q_m;
     load_rows(q, c_.q_m, 0, c_.d, 1.0f, w.q, ld, skip);
-    load_rows(q, c_.q_m, tokens - skip, c_.d, c_.scale, w.q + skip * ld, ld, kChunkRows - skip);
+    load_rows(q, c_.q_m, tokens - skip, c_.d, c_.scale, w.q + skip * ld, ld, kChunk - skip);
     const T* d_o = static_cast<const T*>(c_.d_o) + place * c_.e;
     load_rows(d_o, c_.e, 0, c_.e, 1.0f, w.d_o, le, skip);
-    load_rows(d_o, c_.e, tokens - skip, c_.e, 1.0f, w.d_o + skip * le, le, kChunkRows - skip);
+    load_rows(d_o, c_.e, tokens - skip, c_.e, 1.0f, w.d_o + skip * le, le, kChunk - skip);
 
     chunk.scores(w.q, true, 1.0f, w.scores);
     multiply<Part::kStepsFrom>(tokens, c_.e, tokens, columns_of(w.scores, kChunk), w.d_o, le, w.du, le, w.ones);
@@ -172,21 +172,7 @@ class RecurrentBackward {
   void delta(Work& w, const Unit& unit) const {
     Chunk<T>& chunk = w.chunk;
     const int64_t ld = chunk.ld, le = chunk.le, tokens = chunk.size;
-    for (int64_t row = round_up(tokens, kRows) - kRows; row >= 0; row -= kRows) {
-      const int64_t later = row + kRows, count = tokens - later;
-      if (count > 0)
-        multiply(kRows, c_.e, count, columns_of(w.system + later * kChunk + row, kChunk), w.dr + later * le, le,
-                 w.du + row * le, le, w.ones);
-      for (int64_t i = later - 1; i >= row; --i) {
-        for (int64_t j = 0; j < le; j += kWidth) {
-          Vec found = load(w.du + i * le + j);
-          for (int64_t l = i + 1; l < later; ++l)
-            found = fma(splat(w.system[l * kChunk + i]), load(w.dr + l * le + j), found);
-          store(w.du + i * le + j, found);
-          store(w.dr + i * le + j, found * splat(chunk.beta[i]));
-        }
-      }
-    }
+    chunk.solve_back(w.system, w.du, w.dr);
     if (c_.d_beta) {
       float* d_beta = c_.d_beta + unit.number * c_.n + chunk.first;
       for (int64_t i = 0; i < tokens; ++i) {
@@ -199,7 +185,7 @@ class RecurrentBackward {
     chunk.hide(false, -1.0f, w.d_scores);
     multiply(tokens, c_.d, c_.e, rows_of(w.dr, le), w.state_t, ld, w.dk_row, ld);
     fade(chunk, chunk.start, chunk.from_start, w.dk_row);
-    for (int64_t i = 0; i < kChunkRows * ld; i += kWidth) store(w.dk_row + i, zero() - load(w.dk_row + i));
+    for (int64_t i = 0; i < kChunk * ld; i += kWidth) store(w.dk_row + i, zero() - load(w.dk_row + i));
     pairs(w, chunk.k, w.dk_row);
     faded_rows(chunk, chunk.k);
     for (int64_t i = 0; i < tokens * ld; i += kWidth) store(chunk.x + i, zero() - load(chunk.x + i));
@@ -319,18 +305,18 @@ class RecurrentBackward {
   // Rows times their decays: a number each, or one a channel.
   static void fade(const Chunk<T>& chunk, const float* by_token, const float* by_channel, float* rows) {
     if (chunk.channels) {
-      multiply_each(rows, by_channel, kChunkRows * chunk.ld, rows);
+      multiply_each(rows, by_channel, kChunk * chunk.ld, rows);
     } else if (chunk.fades) {
-      multiply_rows(rows, by_token, kChunkRows, chunk.ld, rows);
+      multiply_rows(rows, by_token, kChunk, chunk.ld, rows);
     }
   }
 
   // chunk.x = rows faded from the start of the chunk.
   static void faded_rows(Chunk<T>& chunk, const float* rows) {
     if (chunk.channels) {
-      multiply_each(rows, chunk.from_start, kChunkRows * chunk.ld, chunk.x);
+      multiply_each(rows, chunk.from_start, kChunk * chunk.ld, chunk.x);
     } else {
-      multiply_rows(rows, chunk.start, kChunkRows, chunk.ld, chunk.x);
+      multiply_rows(rows, chunk.start, kChunk, chunk.ld, chunk.x);
     }
   }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 
-CHUNK = 64
+CHUNK = 32
 DECAY_NONE, DECAY_TOKEN, DECAY_CHANNEL = 0, 1, 2
 
 FIELDS: tuple[tuple[str, type], ...] = (

@@ -1,7 +1,7 @@
 """The native form of ``attnkit.recurrence``, and of the delta rule, with its gradients.
 
 One call serves linear attention, retention, gated linear attention and the delta rule: they differ in what fades and
-in ``beta``. The forward pass keeps one state for each 64 tokens when a gradient is wanted, and nothing else.
+in ``beta``. The forward pass keeps one state for each 32 tokens when a gradient is wanted, and nothing else.
 """
 
 from __future__ import annotations
