@@ -1,6 +1,7 @@
 // Checks calls for block lists and learned-sparse attention before any pointer is used, and passes them to the level that was chosen.
 #include "../abi.h"
 #include "../levels/level.h"
+#include "sizes.h"
 
 namespace attnkit {
 namespace {
@@ -71,6 +72,20 @@ int32_t check(const attnkit_coarse& s) {
   return ATTNKIT_OK;
 }
 
+int32_t check(const attnkit_indexer& s) {
+  if (s.dtype < ATTNKIT_FLOAT32 || s.dtype > ATTNKIT_FLOAT16) return ATTNKIT_BAD_DTYPE;
+  if (s.g < 1 || s.h < 1 || s.h % s.g != 0 || s.m > s.n || s.n >= kLargest || s.d < 1 || s.top < 1 ||
+      s.top >= kLargest || !threads_in_range(s.threads))
+    return ATTNKIT_BAD_SIZE;
+  if (!in_range({{s.b, s.q_b}, {s.h, s.q_h}, {s.m, s.q_m}, {s.d, 1}}) ||
+      !in_range({{s.b, s.k_b}, {s.g, s.k_g}, {s.n, s.k_n}, {s.d, 1}}) ||
+      !in_range({{s.b, s.w_b}, {s.h, s.w_h}, {s.m, s.w_m}}) || !in_range({{s.b, 0}, {s.m, 0}, {s.top, 1}}))
+    return ATTNKIT_BAD_SIZE;
+  if (s.b > 0 && s.m > 0 && !(s.q && s.k && s.w && s.chosen)) return ATTNKIT_BAD_SIZE;
+  return ATTNKIT_OK;
+}
+
+bool nothing_to_do(const attnkit_indexer& s) { return s.b == 0 || s.m == 0; }
 bool nothing_to_do(const attnkit_coarse& s) { return s.b == 0 || s.m == 0; }
 bool nothing_to_do(const attnkit_selected& s) { return s.b == 0 || s.m == 0; }
 
@@ -131,5 +146,19 @@ int32_t attnkit_coarse_forward(const attnkit_coarse* call, void* scratch, int64_
   if (needed < 0) return static_cast<int32_t>(-needed);
   if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
   if (!nothing_to_do(*call)) level().sparse.coarse(*call, static_cast<char*>(scratch));
+  return ATTNKIT_OK;
+}
+
+int64_t attnkit_indexer_forward_scratch_bytes(const attnkit_indexer* call) {
+  const int32_t status = check(*call);
+  if (status != ATTNKIT_OK) return -status;
+  return nothing_to_do(*call) ? 0 : level().sparse.indexer_scratch_bytes(*call);
+}
+
+int32_t attnkit_indexer_forward(const attnkit_indexer* call, void* scratch, int64_t scratch_bytes) {
+  const int64_t needed = attnkit_indexer_forward_scratch_bytes(call);
+  if (needed < 0) return static_cast<int32_t>(-needed);
+  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
+  if (!nothing_to_do(*call)) level().sparse.indexer(*call, static_cast<char*>(scratch));
   return ATTNKIT_OK;
 }

@@ -1,4 +1,4 @@
-/* Block lists of masks. Included by ../abi.h. */
+/* Block lists of masks and learned-sparse attention. Included by ../abi.h. */
 #ifndef ATTNKIT_ABI_SPARSE_H
 #define ATTNKIT_ABI_SPARSE_H
 
@@ -88,6 +88,24 @@ typedef struct attnkit_coarse {
   int32_t causal;
   float scale; /* above 0 */
 } attnkit_coarse;
+
+/* DSA's choice: for each query the `top` keys up to its own position of the largest sum_j w_j relu(q_j . k), of equals
+ * those of the lower index. Query i sits at position n - m + i, index head j reads index key j / (h / g). */
+typedef struct attnkit_indexer {
+  const void* q;   /* (b, h, m, d): index queries */
+  const void* k;   /* (b, g, n, d): index keys */
+  const float* w;  /* (b, h, m), strided by w_* */
+  int32_t* chosen; /* (b, m, top) contiguous: keys in ascending order, -1 in places left over */
+  int64_t b, h, g, m, n, d, top;
+  int64_t q_b, q_h, q_m;
+  int64_t k_b, k_g, k_n;
+  int64_t w_b, w_h, w_m;
+  int64_t threads;
+  int32_t dtype;
+} attnkit_indexer;
+
+ATTNKIT_EXPORT int64_t attnkit_indexer_forward_scratch_bytes(const attnkit_indexer* call);
+ATTNKIT_EXPORT int32_t attnkit_indexer_forward(const attnkit_indexer* call, void* scratch, int64_t scratch_bytes);
 
 ATTNKIT_EXPORT int64_t attnkit_coarse_forward_scratch_bytes(const attnkit_coarse* call);
 ATTNKIT_EXPORT int32_t attnkit_coarse_forward(const attnkit_coarse* call, void* scratch, int64_t scratch_bytes);

@@ -9,6 +9,8 @@
 //    Only bf16 dot products, which want pairs of keys, and 16-bit numbers without them are written anew for each tile.
 // 3. Ranges are merged by their log-sum-exp, and V maps the mixed latent to the head's values.
 //
+// With a list of places the keys of a sequence are gathered, a tile at a time, and the same work is done on the copy.
+//
 // Register blocks: scores 24 x 1 to 6 x 4 (keys x vectors of queries), sums 8 x 3 (queries x vectors of columns). With 16
 // queries there is one vector of them, and 24 keys fill the accumulators.
 
@@ -206,6 +208,7 @@ class Latent {
 
   // Keys that query `i` sees.
   Range visible(int64_t i) const {
+    if (s_.places) return {0, s_.n};
     const int64_t position = s_.n - s_.m + i;
     return {clamp<int64_t>(position - s_.left, 0, s_.n), clamp<int64_t>(position + s_.right + 1, 0, s_.n)};
   }
@@ -293,7 +296,8 @@ class Latent {
   // if the tile is full.
   struct Tile {
     int64_t key, count;
-    const T* stored;
+    const T* stored;          // the first one's latent, or that of place 0
+    const int32_t* places;    // of its keys, or null
     const Element* keys;
     int64_t stride;
   };
@@ -308,15 +312,22 @@ class Latent {
       store(w.totals + j, zero());
       store(w.tops + j, splat(-kInfinity));
     }
+    const int32_t* places = s_.places ? s_.places + group / s_.g * s_.n : nullptr;
     const int64_t start = (first_range_ + range) * range_keys_;
-    const int64_t end = least(keys_.end, start + range_keys_);
+    int64_t end = least(keys_.end, start + range_keys_);
+    for (; places && end > start && places[end - 1] < 0;) --end;
     // Pairs of keys stay together whatever part of the keys is seen.
     for (int64_t key = most(keys_.begin / 2 * 2, start); key < end;) {
       const int64_t next = least(end, (key / kTileKeys + 1) * kTileKeys);
-      Tile tile = {key, next - key, latents + key * s_.latent_n, nullptr, 0};
+      Tile tile = {key, next - key, latents, nullptr, nullptr, 0};
+      if (places) {
+        tile.places = places + key;
+      } else {
+        tile.stored += key * s_.latent_n;
+      }
       place(w, tile);
-      const int64_t ahead = least(kTileKeys, s_.n - next);
-      score(w, queries, tile, padded, latents + next * s_.latent_n, ahead);
+      const int64_t ahead = places ? 0 : least(kTileKeys, s_.n - next);
+      score(w, queries, tile, padded, places ? latents : latents + next * s_.latent_n, ahead);
       const bool hidden = hide(w, tile, first_row, padded);
       raise_tops(w, padded);
       weigh(w, tile.count, padded);
@@ -336,7 +347,7 @@ class Latent {
   }
 
   void place(const Work& w, Tile& tile) const {
-    if (in_place_ && tile.count == kTileKeys) {
+    if (in_place_ && tile.count == kTileKeys && !tile.places) {
       tile.keys = reinterpret_cast<const Element*>(tile.stored);
       tile.stride = s_.latent_n / kNumbers;
       return;
@@ -345,7 +356,8 @@ class Latent {
     tile.stride = row_steps_;
     for (int64_t k = 0; k < kTileKeys; ++k) {
       float* to = reinterpret_cast<float*>(w.keys + k * row_steps_);
-      const T* from = tile.stored + k * s_.latent_n;
+      const int64_t place = k >= tile.count ? 0 : tile.places ? tile.places[k] : k;
+      const T* from = tile.stored + place * s_.latent_n;
       for (int64_t at = 0; at < row_steps_; at += kWidth)
         store(to + at, k < tile.count && at < steps_ ? load_steps(from + at * kNumbers, key_size_ - at * kNumbers) : zero());
     }

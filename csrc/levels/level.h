@@ -34,6 +34,8 @@ struct SparseKernels {
   void (*selected)(const attnkit_selected&, char* scratch);
   int64_t (*coarse_scratch_bytes)(const attnkit_coarse&);
   void (*coarse)(const attnkit_coarse&, char* scratch);
+  int64_t (*indexer_scratch_bytes)(const attnkit_indexer&);
+  void (*indexer)(const attnkit_indexer&, char* scratch);
 };
 
 struct LatentKernels {

@@ -15,6 +15,8 @@ namespace {
 #include "../kernels/lists.h"
 #include "../kernels/selected.h"
 #include "../kernels/coarse.h"
+#include "../kernels/best.h"
+#include "../kernels/indexer.h"
 // clang-format on
 
 int64_t block_list_scratch_bytes(const attnkit_block_list& s) { return BlockLists(s).scratch_bytes(); }
@@ -47,10 +49,18 @@ void coarse(const attnkit_coarse& s, char* scratch) {
   with_kernel<Coarse>(s, [&](const auto& kernel) { kernel.run(scratch); });
 }
 
+int64_t indexer_scratch_bytes(const attnkit_indexer& s) {
+  return with_kernel<Indexer>(s, [](const auto& kernel) { return kernel.scratch_bytes(); });
+}
+void indexer(const attnkit_indexer& s, char* scratch) {
+  with_kernel<Indexer>(s, [&](const auto& kernel) { kernel.run(scratch); });
+}
+
 }  // namespace
 
 const SparseKernels sparse = {block_list_scratch_bytes, block_bounds,         block_list, selected_scratch_bytes,
-                              selected,                 coarse_scratch_bytes, coarse};
+                              selected,                 coarse_scratch_bytes, coarse,     indexer_scratch_bytes,
+                              indexer};
 
 }  // namespace ATTNKIT_LEVEL
 }  // namespace attnkit

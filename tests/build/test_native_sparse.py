@@ -10,6 +10,8 @@ import torch
 
 import attnkit
 from attnkit import native
+from attnkit.mechanisms.dsa import cpu as dsa
+from attnkit.mechanisms.dsa import dsa_attention
 from attnkit.mechanisms.moba import moba_attention, selected_attention
 from attnkit.mechanisms.nsa import nsa_attention
 from attnkit.registry import get
@@ -30,7 +32,7 @@ def threads() -> Any:
 
 
 @pytest.mark.parametrize("level", native.STATUS.levels)
-@pytest.mark.parametrize("name", ["moba", "nsa"])
+@pytest.mark.parametrize("name", ["moba", "nsa", "dsa"])
 def test_levels_agree_with_the_reference(level: str, name: str) -> None:
     spec = get(name)
     for seed in range(4):
@@ -69,7 +71,14 @@ def runs(dtype: torch.dtype, batch: slice) -> dict[str, Callable[[], torch.Tenso
     q, k, v = (numbers(3, h, 700, 64, seed=h).to(dtype)[batch] for h in (4, 2, 2))
     compressed, gates = numbers(3, 2, 87, 64, seed=9).to(dtype)[batch], numbers(3, 4, 700, 3, seed=8).to(dtype)[batch]
     sizes = {"length": 16, "stride": 8, "block": 32, "selected": 5, "window": 50}
+    index_q, index_k, index_w = (
+        numbers(3, *shape, seed=7).to(dtype)[batch] for shape in ((4, 300, 32), (1, 700, 32), (4, 300))
+    )
+    latent, kv_b = numbers(3, 1, 700, 64, seed=6).to(dtype)[batch], numbers(4, 64, 48, seed=5).to(dtype) / 7
     return {
+        "dsa": lambda: dsa_attention(
+            q[:, :, :300, :48], latent, kv_b, index_q, index_k, index_w, top=120, backend="cpu"
+        ),
         "moba": lambda: moba_attention(q, k, v, block=64, top=4, backend="cpu"),
         "nsa": lambda: nsa_attention(q, k, v, compressed, compressed, k, v, gates, **sizes, backend="cpu"),
     }
@@ -77,7 +86,7 @@ def runs(dtype: torch.dtype, batch: slice) -> dict[str, Callable[[], torch.Tenso
 
 @pytest.mark.parametrize("level", native.STATUS.levels)
 @pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["moba", "nsa"])
+@pytest.mark.parametrize("name", ["moba", "nsa", "dsa"])
 def test_bits_depend_on_neither_threads_nor_batch(level: str, dtype: torch.dtype, name: str, threads: Any) -> None:
     with native.use_level(level):
         threads(1)
@@ -98,6 +107,54 @@ def test_a_later_key_or_value_does_not_leak(level: str, odd: float) -> None:
         dirty = moba_attention(q, k, v, block=50, top=3, backend="cpu")
     assert torch.equal(clean[:, :, :170], dirty[:, :, :170])
     assert not dirty[:, :, 171].isfinite().all(), "whoever sees it is not spared"
+
+
+def by_sorting(scores: torch.Tensor, top: int) -> torch.Tensor:
+    """The ``top`` best keys of each row, ascending, the first of equals; -1 behind them where fewer are visible."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)[..., :top]
+    hidden = scores.gather(-1, order) == -torch.inf
+    return order.masked_fill(hidden, scores.shape[-1]).sort(-1).values.masked_fill(hidden.sort(-1).values, -1)
+
+
+@pytest.mark.parametrize("level", native.STATUS.levels)
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "top"), [(1, 1, 3), (300, 300, 1), (9, 1000, 70), (130, 400, 64), (5, 90, 200)])
+def test_the_indexer_chooses_as_a_stable_sort(level: str, dtype: torch.dtype, m: int, n: int, top: int) -> None:
+    """Small whole numbers: every score is exact, and most are one of a few, so that ties decide who is chosen."""
+    index_q, index_k = (numbers(2, h, t, 5, seed=t).round().to(dtype) for h, t in ((4, m), (2, n)))
+    index_w = numbers(2, 4, m).round()
+    products = torch.einsum("bgrmd,bgnd->bgrmn", index_q.float().unflatten(1, (2, 2)), index_k.float()).flatten(1, 2)
+    scores = torch.einsum("bhmn,bhm->bmn", products.relu(), index_w)
+    scores.masked_fill_(~attnkit.causal().dense(m, n)[0], -torch.inf)
+    with native.use_level(level):
+        found = dsa.choose(index_q, index_k, index_w, n, top).long()
+    assert torch.equal(found, by_sorting(torch.nn.functional.pad(scores, (0, top), value=-torch.inf), top))
+
+
+@pytest.mark.parametrize("level", native.STATUS.levels)
+@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_what_was_not_chosen_does_not_leak(
+    level: str, gathers: bool, odd: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A latent that nobody chose, in the second of two sequences, and an index key of the future."""
+    monkeypatch.setattr(dsa, "gathers", lambda *call: gathers)
+    given = get("dsa").sample(3)
+    given["index_k"][1, :, 11] = 0.0
+    given["index_q"], given["index_w"] = given["index_q"].abs(), given["index_w"].abs()
+    given["index_k"] = given["index_k"].abs()
+    with native.use_level(level):
+        clean = dsa_attention(**given, backend="cpu")
+        given["latent"][1, :, 11] = odd
+        given["index_k"][:, :, 36] = odd
+        dirty = dsa_attention(**given, backend="cpu")
+    early = 11 + given["top"]  # by then there are keys enough of a score above 0
+    assert torch.equal(clean[0, :, :36], dirty[0, :, :36])
+    assert torch.equal(clean[1, :, :11], dirty[1, :, :11])
+    if gathers:
+        assert torch.equal(clean[1, :, early:36], dirty[1, :, early:36])
+    assert dirty[1, :, early:36].isfinite().all()
+    assert not dirty[1, :, 11].isfinite().all(), "whoever sees it is not spared"
 
 
 def test_what_cannot_run_is_refused_with_its_value() -> None:

@@ -32,10 +32,16 @@ STRUCTS: dict[str, tuple[tuple[str, type], ...]] = {
         ("causal", c_int32),
         ("scale", c_float),
     ),
+    "indexer": (
+        *((name, c_void_p) for name in ("q", "k", "w", "chosen")),
+        *((name, c_int64) for name in ("b", "h", "g", "m", "n", "d", "top")),
+        *((name, c_int64) for name in ("q_b", "q_h", "q_m", "k_b", "k_g", "k_n", "w_b", "w_h", "w_m", "threads")),
+        ("dtype", c_int32),
+    ),
 }
 
 FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {}
-for _name in ("block_bounds", "block_list_fill", "selected_forward", "coarse_forward"):
+for _name in ("block_bounds", "block_list_fill", "selected_forward", "coarse_forward", "indexer_forward"):
     FUNCTIONS[f"attnkit_{_name}_scratch_bytes"] = c_int64, (c_char_p,)
     FUNCTIONS[f"attnkit_{_name}"] = c_int32, (c_char_p, c_void_p, c_int64)
 

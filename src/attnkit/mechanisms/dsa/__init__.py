@@ -11,7 +11,7 @@ from torch import Tensor
 from attnkit import shapes
 from attnkit.costs import dsa as cost
 from attnkit.dispatch import run
-from attnkit.mechanisms.dsa import chunk
+from attnkit.mechanisms.dsa import chunk, cpu
 from attnkit.mechanisms.dsa.losses import index_loss
 from attnkit.mechanisms.dsa.reference import forward as reference
 from attnkit.mechanisms.mla import SPEC as MLA
@@ -49,7 +49,7 @@ def dsa_attention(
     index_w: (b, j, m), any floating dtype: weights of the index heads, of either sign, with every constant factor.
     top: keys a query keeps.
     scale: multiplies ``q k^T``, not the index scores; ``d ** -0.5`` when None.
-    backend: "chunk" or "reference", which then runs or raises; None takes the first that can run.
+    backend: "cpu", "chunk" or "reference", which then runs or raises; None takes the first that can run.
 
     Returns
     -------
@@ -174,6 +174,10 @@ def sample(
     return {**drawn, "index_q": index_q, "index_k": index_k, "index_w": index_w + 0.5, "top": 2 + s.n // 3}
 
 
+def _cpu() -> Any:
+    return cpu.forward
+
+
 def _chunk() -> Any:
     return chunk.forward
 
@@ -204,7 +208,11 @@ SPEC = Mechanism(
     function=dsa_attention,
     sample=sample,
     reference=reference,
-    backends=(Backend("chunk", _chunk, finite_only=True), Backend("reference", _reference)),
+    backends=(
+        Backend("cpu", _cpu, rejects=cpu.rejects, grad=False),
+        Backend("chunk", _chunk, finite_only=True),
+        Backend("reference", _reference),
+    ),
     laws=Laws(causal=True, stateful=True, step_equals_prefill=True, length_invariant=True, every_key=False),
     cost=cost,
     layer=DSAttention,

@@ -1,9 +1,7 @@
 """Blocks of queries that score their keys, choose, and attend to the chosen, in the cheaper of two ways.
 
-``_gathered`` fetches the latents that each query chose and attends to them absorbed, which costs ``top`` keys a query
-however long the text is. ``_hidden`` hides the others among keys made once for all queries: for short texts, where most
-are chosen anyway. No block has more than ``NUMBERS`` scores, logits or fetched numbers, in the backward as well, where
-each block is computed again.
+``_gathered`` and ``_hidden`` are the two of ``ways``. No block has more than ``NUMBERS`` scores, logits or fetched
+numbers, in the backward as well, where each block is computed again.
 """
 
 from __future__ import annotations
@@ -12,9 +10,9 @@ import torch
 from torch import Tensor
 
 from attnkit.blocks import joined, spans
-from attnkit.masks import causal
 from attnkit.mechanisms.dsa.indexer import choose, masked_scores, reach, unmoved
-from attnkit.mechanisms.mla import mla_attention, mla_expand
+from attnkit.mechanisms.dsa.ways import after_early, expanded, gathers, part
+from attnkit.mechanisms.mla import mla_attention
 from attnkit.mechanisms.softmax import softmax_attention
 
 NUMBERS = 1 << 24
@@ -27,30 +25,16 @@ With half of it, 8,192 tokens (8 heads, top 512) took 1.9 GiB and 1.7 with train
 def forward(
     q: Tensor, latent: Tensor, kv_b: Tensor, index_q: Tensor, index_k: Tensor, index_w: Tensor, top: int, scale: float
 ) -> Tensor:
-    m, n = q.shape[2], latent.shape[2]
-    early, parts = max(0, min(m, m + top - n)), []  # queries that see no more than ``top`` keys
-    if early or m == 0:
-        parts.append(mla_attention(q[:, :, :early], latent[:, :, : n - m + early], kv_b, mask=causal(), scale=scale))
-    if early < m:
-        way = _gathered if gathers(q, latent, kv_b, top) else _hidden
-        index = (index_q.detach()[:, :, early:], index_k.detach(), index_w.detach()[:, :, early:])
-        parts.append(way(q[:, :, early:], latent, kv_b, index, top, scale))
-    o = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-    return unmoved(o, index_q, index_k, index_w)
-
-
-def gathers(q: Tensor, latent: Tensor, kv_b: Tensor, top: int) -> bool:
-    """Whether attending to fetched latents takes fewer multiply-adds than to all keys, a head."""
-    (_, _, m, d), (n, joined_), (_, rows, c) = q.shape, latent.shape[2:], kv_b.shape
-    e = rows - (d - (joined_ - c))
-    return m * (top * (c + joined_) + rows * c) <= m * n * (d + e) + n * rows * c
+    way = _gathered if gathers(q, latent, kv_b, top) else _hidden
+    index = (index_q.detach(), index_k.detach(), index_w.detach())
+    return unmoved(after_early(q, latent, kv_b, index, top, scale, way), index_q, index_k, index_w)
 
 
 def _gathered(q: Tensor, latent: Tensor, kv_b: Tensor, index: tuple[Tensor, ...], top: int, scale: float) -> Tensor:
     (b, _, m, _), (n, joined_), j = q.shape, latent.shape[2:], index[0].shape[1]
     size = max(1, NUMBERS // max(1, b * max(j * n, top * joined_ * latent.shape[1])))
     blocks = [
-        (q[:, :, start:end], latent, kv_b, *_part(index, start, end), n - m + start, top, scale)
+        (q[:, :, start:end], latent, kv_b, *part(index, start, end), n - m + start, top, scale)
         for start, end in spans(m, size)
     ]
     o: Tensor = joined(_fetched, blocks)
@@ -100,12 +84,12 @@ def listed(chosen: Tensor, top: int) -> Tensor:
 
 
 def _hidden(q: Tensor, latent: Tensor, kv_b: Tensor, index: tuple[Tensor, ...], top: int, scale: float) -> Tensor:
-    (b, h, m, d), (n, joined_), j = q.shape, latent.shape[2:], index[0].shape[1]
+    (b, h, m, _), n, j = q.shape, latent.shape[2], index[0].shape[1]
     dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
-    k, v = mla_expand(latent.to(wide), kv_b.to(wide), nope=d - (joined_ - kv_b.shape[2]))
+    k, v = expanded(q, latent, kv_b)
     size = max(1, NUMBERS // max(1, b * max(j, h) * n))
     blocks = [
-        (q[:, :, start:end].to(wide), k, v, *_part(index, start, end), n - m + start, top, scale)
+        (q[:, :, start:end].to(wide), k, v, *part(index, start, end), n - m + start, top, scale)
         for start, end in spans(m, size)
     ]
     o: Tensor = joined(_among_all, blocks)
@@ -129,8 +113,3 @@ def _among_all(
     bias = torch.zeros(chosen.shape, dtype=q.dtype, device=q.device).masked_fill(~chosen, -torch.inf)
     o: Tensor = softmax_attention(q, k[:, :, :seen], v[:, :, :seen], bias=bias[:, None], scale=scale)
     return o
-
-
-def _part(index: tuple[Tensor, ...], start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
-    index_q, index_k, index_w = index
-    return index_q[:, :, start:end], index_k, index_w[:, :, start:end]

@@ -20,7 +20,7 @@ from attnkit.positions import Rotary
 from attnkit.spec import Backend, Call, Laws, LayerPlace, Mechanism, Preset, Sizes
 from attnkit.state import LatentState
 
-__all__ = ["SPEC", "MLAConfig", "MLAttention", "mla_attention", "mla_expand"]
+__all__ = ["SPEC", "MLAConfig", "MLAttention", "mla_attention", "mla_expand", "mla_listed"]
 
 
 def mla_attention(
@@ -61,6 +61,30 @@ def mla_attention(
     """
     result: Tensor = run(SPEC, call(q, latent, kv_b, mask=mask, scale=scale), backend)
     return result
+
+
+def mla_listed(q: Tensor, latent: Tensor, kv_b: Tensor, places: Tensor, *, scale: float | None = None) -> Tensor:
+    """The same, natively and forward only, of each query to the latents that are listed for it.
+
+    Parameters
+    ----------
+    q, latent, kv_b, scale: as in ``mla_attention``, on the CPU, float32, bfloat16 or float16.
+    places: (b, m, c), int32, contiguous: for each query numbers of latents, -1 in places left over, which come last.
+
+    Returns
+    -------
+    o: (b, h, m, e) in q's dtype; 0 where nothing is listed.
+
+    Raises
+    ------
+    ValueError, TypeError: arguments that do not fit together.
+    """
+    where = "mla_listed"
+    check(where, q, latent, kv_b)
+    shapes.check(where, q=(q, "b h m d"), places=(places, "b m c"))
+    if places.dtype != torch.int32 or not places.is_contiguous():
+        raise TypeError(f"{where}: places is {places.dtype} of strides {places.stride()}, expected contiguous int32")
+    return cpu.attend_to(q, latent, kv_b, places, q.shape[3] ** -0.5 if scale is None else float(scale))
 
 
 def call(

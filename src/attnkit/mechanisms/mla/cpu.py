@@ -48,19 +48,33 @@ def _shapes(q: Tensor, latent: Tensor, kv_b: Tensor, left: int, right: int, scal
     return q.new_empty(*q.shape[:3], rows - (q.shape[3] - (latent.shape[3] - c)))
 
 
-def _run(q: Tensor, latent: Tensor, kv_b: Tensor, left: int, right: int, scale: float) -> Tensor:
+def attend_to(q: Tensor, latent: Tensor, kv_b: Tensor, places: Tensor, scale: float) -> Tensor:
+    """Each query over the latents at its ``places`` ``(b, m, c)``, int32, -1 from the end of a shorter list on."""
+    # The kernel has a list for each sequence: a query goes over as a sequence of its own, which shares its latents.
+    rows = [
+        _run(x.transpose(0, 1)[:, :, None], y.expand(len(at), -1, -1, -1), kv_b, 0, 0, scale, at)
+        for x, y, at in zip(q, latent[:, None], places, strict=True)
+    ]
+    return torch.stack([x.squeeze(2).transpose(0, 1) for x in rows])
+
+
+def _run(
+    q: Tensor, latent: Tensor, kv_b: Tensor, left: int, right: int, scale: float, places: Tensor | None = None
+) -> Tensor:
     q, latent, kv_b = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, latent, kv_b))
     b, h, m, d = q.shape
-    g, n, joined = latent.shape[1:]
+    g, stored, joined = latent.shape[1:]
     _, rows, c = kv_b.shape
     r = joined - c
+    n = stored if places is None else places.shape[1]
     nope = d - r
     o = q.new_empty(b, h, m, rows - nope)
     native.run(
         "latent_forward",
         native.pack_latent(
             *(x.data_ptr() for x in (q, latent, kv_b, o)),
-            *(b, h, g, m, n, nope, r, c, rows - nope),
+            places.data_ptr() if places is not None else 0,
+            *(b, h, g, m, n, nope, r, c, rows - nope, stored),
             *q.stride()[:3],
             *latent.stride()[:3],
             *kv_b.stride()[:2],
