@@ -12,21 +12,28 @@ from torch import Tensor
 
 import attnkit.hf
 from attnkit.dispatch import watch
+from attnkit.hf import recurrent
 from attnkit.hf.attention import attention
 from attnkit.hf.latent import CarriedHeads, joined
 from attnkit.hf.layers import LatentLayer
 from attnkit.state import LatentState
+from attnkit.testing.budgets import assert_within
 
 IDS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(1))
 KEPT = torch.ones_like(IDS)
 KEPT[0, :5] = 0
 OPTIONS = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
-LATENT = [
-    *("bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "hy_v4"),
-    *("kimi_linear", "longcat_flash", "minicpm3", "youtu"),
-]
-INDEXED = {"deepseek_v32", "glm_moe_dsa", "hy_v4"}  # our cache refuses them, see test_families
-SINKS = {"hy_v4"}
+# What runs besides softmax attention, with Transformers' own cache and with ours.
+MLA, DELTA = {("mla", "absorbed"), ("mla", "cpu")}, {("delta", "cpu")}
+FAMILIES: dict[str, set[tuple[str, str]]] = {
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu"), MLA),
+    **dict.fromkeys(("olmo_hybrid", "qwen3_5_text", "qwen3_next"), DELTA),
+    **dict.fromkeys(("bailing_hybrid", "kimi_linear"), MLA | DELTA),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), {("mla", "absorbed")}),  # the indexer's choice is a mask
+    "hy_v4": set(),  # has sinks
+    "minimax": set(),  # steps of retention have no backends
+}
+ONLY_THEIR_CACHE = {"deepseek_v32", "glm_moe_dsa", "hy_v4", "minimax"}  # see test_families
 
 
 def texts(model: Any, cache: Callable[[], Any]) -> list[Tensor]:
@@ -35,25 +42,57 @@ def texts(model: Any, cache: Callable[[], Any]) -> list[Tensor]:
     return [model.generate(IDS, cache=cache(), **OPTIONS, **way) for way in ways]
 
 
-@pytest.mark.parametrize("family", LATENT)
-def test_latent_layers_write_the_same_text(family: str, tiny: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_changed_layers_write_the_same_text(
+    family: str, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny(family)
     want = texts(model, lambda: None)
     model.set_attn_implementation("attnkit")
     before = {name: set(vars(layer)) for name, layer in model.named_modules()}
     names = attnkit.hf.accelerate(model)
     assert names and attnkit.hf.accelerate(model) == names
-    for cache in (lambda: None, lambda: attnkit.hf.Cache(model.config))[: 1 if family in INDEXED else 2]:
+    retained = []
+    plain = recurrent.retention_attention_step
+    monkeypatch.setattr(recurrent, "retention_attention_step", lambda *a, **k: retained.append(1) or plain(*a, **k))
+    for cache in (lambda: None, lambda: attnkit.hf.Cache(model.config))[: 1 if family in ONLY_THEIR_CACHE else 2]:
         with watch() as ran:
             got = texts(model, cache)
         assert all(torch.equal(text, other) for text, other in zip(got, want, strict=True))
-        backends = {backend for mechanism, backend in ran if mechanism == "mla"}
-        assert backends == (set() if family in SINKS else {"absorbed"} if family in INDEXED else {"absorbed", "cpu"})
+        assert set(ran) - {("softmax", "cpu")} == FAMILIES[family]
+    assert bool(retained) == (family == "minimax")
     attnkit.hf.restore(model)
     assert before == {name: set(vars(layer)) for name, layer in model.named_modules()}
     with watch() as ran:
         model.generate(IDS, **OPTIONS)
     assert {mechanism for mechanism, _ in ran} == {"softmax"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["kimi_linear", "minimax", "olmo_hybrid", "qwen3_next"])
+def test_linear_layers_stay_within_the_budget(
+    family: str, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt, single tokens and several at once, longer than the chunks of either side."""
+    ids = torch.randint(3, 99, (2, 100), generator=torch.Generator().manual_seed(2))
+    kept = torch.ones_like(ids)
+    kept[0, :7] = 0
+
+    def logits(model: Any) -> Tensor:
+        out = model(ids[:, :90], attention_mask=kept[:, :90], use_cache=True)
+        parts, cache = [out.logits], out.cache
+        for start, end in ((90, 91), (91, 92), (92, 100)):
+            parts.append(model(ids[:, start:end], attention_mask=kept[:, :end], cache=cache).logits)
+        return torch.cat(parts, 1)[kept.bool()]
+
+    model = tiny(family)
+    naive = logits(model)
+    monkeypatch.setattr(torch, "float32", torch.float64)  # their chunks are computed in float32 whatever comes in
+    gold = logits(model.double())
+    monkeypatch.undo()
+    model = tiny(family, "attnkit")
+    attnkit.hf.accelerate(model)
+    assert_within(logits(model), gold, naive, torch.float32, what=family)
 
 
 def test_latents_are_read_where_they_lie() -> None:
@@ -106,7 +145,7 @@ def test_a_copied_model_is_its_own(tiny: Callable[..., Any]) -> None:
 def test_what_cannot_be_accelerated_is_refused(tiny: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="runs 'eager': call attnkit.hf.register"):
         attnkit.hf.accelerate(tiny("deepseek_v3"))
-    with pytest.raises(NotImplementedError, match="LlamaForCausalLM, which has no latent attention"):
+    with pytest.raises(NotImplementedError, match="LlamaForCausalLM, which has no latent or linear attention"):
         attnkit.hf.accelerate(tiny("llama", "attnkit"))
     model = tiny("deepseek_v3", "attnkit")
     model.model.layers[2].self_attn.kv_b_proj = torch.nn.Linear(32, 128, bias=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attnkit.hf.attention import attention
 from attnkit.hf.latent import carried_heads
+from attnkit.hf.recurrent import DELTA, calls_delta_rule, lightning, with_names
+
+_MARK = "_attnkit_accelerated"  # the attribute of a layer that names the other one we set
 
 
 def accelerate(model: nn.Module) -> tuple[str, ...]:
@@ -18,9 +22,12 @@ def accelerate(model: nn.Module) -> tuple[str, ...]:
 
     Latent attention (DeepSeek and others with ``expand_kv``) attends to the latents themselves where that costs less,
     as in decoding, and with ``attnkit.hf.Cache`` reads them where they lie. It makes the keys and values of all heads
-    as before for a prompt, for training, for layers with sinks and while a graph is compiled.
+    as before for a prompt, for training, for layers with sinks and while a graph is compiled. Gated delta rules
+    (Qwen3-Next, Qwen3.5, OLMo-Hybrid, Kimi-Linear, Bailing-Hybrid) and MiniMax's lightning attention run
+    ``delta_attention`` and ``retention_attention_step``, prompts and steps, with gradients.
 
-    Returns the names of those layers. Only they change: each gets an attribute, which ``restore`` takes away.
+    Returns the names of those layers. Only they change: each gets attributes, which ``restore`` takes away. A model
+    with changed linear layers cannot be pickled before that.
 
     Raises
     ------
@@ -32,26 +39,45 @@ def accelerate(model: nn.Module) -> tuple[str, ...]:
             f"accelerate got a model that runs {_implementation(model)!r}: call attnkit.hf.register() and "
             "model.set_attn_implementation('attnkit') first"
         )
-    found = {name: layer for name, layer in model.named_modules() if callable(getattr(type(layer), "expand_kv", None))}
+    found = {name: layer for name, layer in model.named_modules() if _attribute(layer)}
     if not found:
         raise NotImplementedError(
-            f"accelerate got a {type(model).__name__}, which has no latent attention: it needs no more than "
-            "attn_implementation='attnkit'"
+            f"accelerate got a {type(model).__name__}, which has no latent or linear attention that it knows: it needs "
+            "no more than attn_implementation='attnkit'"
         )
     for name, layer in found.items():
-        if reason := _rejects(layer):
+        if _MARK not in vars(layer) and (reason := _rejects(layer)):
             raise NotImplementedError(f"accelerate cannot change {name}: {reason}")
     for layer in found.values():
-        vars(layer)["expand_kv"] = functools.partial(_expand_kv, layer)
+        attribute = _attribute(layer)
+        assert attribute is not None
+        vars(layer).update({_MARK: attribute, attribute: _made(layer)})
     return tuple(found)
 
 
 def restore(model: nn.Module) -> None:
     """Undo ``accelerate``; a model that it has not changed stays as it is."""
     for layer in model.modules():
-        held = vars(layer).get("expand_kv")
-        if isinstance(held, functools.partial) and held.func is _expand_kv:
-            del vars(layer)["expand_kv"]
+        if attribute := vars(layer).pop(_MARK, None):
+            vars(layer).pop(attribute, None)
+
+
+def _attribute(layer: nn.Module) -> str | None:
+    """What has to be set on a layer to change it, if we have something for it."""
+    if callable(getattr(type(layer), "expand_kv", None)):
+        return "expand_kv"
+    return "forward" if _is_lightning(layer) or calls_delta_rule(layer) else None
+
+
+def _made(layer: nn.Module) -> Any:
+    if callable(getattr(type(layer), "expand_kv", None)):
+        return functools.partial(_expand_kv, layer)
+    ours = lightning if _is_lightning(layer) else with_names(type(layer).forward, DELTA)
+    return types.MethodType(ours, layer)
+
+
+def _is_lightning(layer: nn.Module) -> bool:
+    return type(layer).__name__ == "MiniMaxLightningAttention"
 
 
 def _implementation(module: Any) -> str | None:
@@ -63,7 +89,12 @@ def _ours(module: nn.Module) -> bool:
 
 
 def _rejects(layer: Any) -> str | None:
-    """Why the map from latents to heads is not a plain matrix that the kernel can read."""
+    """Why a layer cannot be changed: the map from latents to heads is not a plain matrix, or others changed it."""
+    attribute = _attribute(layer)
+    if attribute in vars(layer):
+        return f"its {attribute} has been replaced already by {vars(layer)[attribute]!r}"
+    if attribute != "expand_kv":
+        return None
     linear: Any = layer.kv_b_proj
     if getattr(linear, "bias", None) is not None or type(linear) is not nn.Linear:
         return f"its kv_b_proj is {linear!r}, expected a torch.nn.Linear without bias"
