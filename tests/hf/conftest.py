@@ -13,6 +13,7 @@ import transformers
 
 import attnkit.hf
 from attnkit.parity.families import FAMILIES, build
+from attnkit.parity.subject import float64_softmax
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -24,6 +25,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def tiny() -> Callable[..., Any]:
     """Builds a tiny random model: ``tiny("llama", "attnkit")``."""
     return build
+
+
+@pytest.fixture
+def softmax_in_float64() -> Iterator[None]:
+    """Eager attention rounds its weights to float32 whatever the model's dtype; this lets float64 through."""
+    with float64_softmax():
+        yield
 
 
 @pytest.fixture(autouse=True)

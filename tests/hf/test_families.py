@@ -6,7 +6,7 @@ of the eager implementation in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +16,6 @@ from transformers import DynamicCache, StaticCache
 
 import attnkit.hf
 from attnkit.dispatch import watch
-from attnkit.parity.subject import float64_softmax
 from attnkit.testing.budgets import assert_within
 
 # Families that do not call an attention function, and keep their own attention whatever is asked for.
@@ -69,12 +68,6 @@ def runs(model: Any) -> dict[str, Callable[[], Tensor]]:
         "static cache": lambda: decoded(model, StaticCache(config=model.config, max_cache_len=LENGTH + 9)),
         "our cache": lambda: decoded(model, attnkit.hf.Cache(model.config)),
     }
-
-
-@pytest.fixture
-def softmax_in_float64() -> Iterator[None]:
-    with float64_softmax():
-        yield
 
 
 @torch.no_grad()

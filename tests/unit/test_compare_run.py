@@ -96,7 +96,7 @@ def test_every_line_is_there_once(finished: tuple[Path, str]) -> None:
         assert sorted(line["kind"] for line in mine) == ["mask", "speed", "task", "task", "task", "text"]
         (text,) = (line for line in mine if line["kind"] == "text")
         assert 0 < text["bits_per_byte"] < 9
-        assert text["backend"] == "sdpa"
+        assert text["backend"] in ("cpu", "sdpa")
         (recall,) = (line for line in mine if line.get("task") == "recall")
         assert [(point["length"], point["pairs"]) for point in recall["points"]] == [(32, 2), (32, 4)]
     parameters = [line["parameters"] for line in found if line["kind"] == "text"]

@@ -50,10 +50,10 @@ def test_nothing_can_run() -> None:
 
 
 def test_explain_computes_nothing_and_agrees_with_run() -> None:
-    q = torch.randn(1, 2, 5, 8, requires_grad=True)
-    decision = attnkit.explain(attnkit.softmax_attention, q, q, q, mask=attnkit.causal())
+    q, bias = torch.randn(1, 2, 5, 8), torch.randn(5, 5, requires_grad=True)
+    decision = attnkit.explain(attnkit.softmax_attention, q, q, q, bias=bias)
     assert decision.chosen == "sdpa"
-    assert "float32 gradients of q, k, v" in decision.rejected["cpu"][0]
+    assert "a float32 gradient of a bias" in decision.rejected["cpu"][0]
     refused = attnkit.explain(attnkit.softmax_attention, q, q, q, softcap=3.0, backend="sdpa")
     assert refused.chosen is None
     assert refused.rejected["sdpa"] == ("softcap is 3.0, torch SDPA has none",)

@@ -20,7 +20,7 @@ SPEC = get("softmax")
 
 
 @pytest.mark.parametrize("preset", SPEC.presets, ids=lambda preset: preset.name)
-@pytest.mark.parametrize(("width", "heads", "window"), [(32, 4, 8), (64, 8, 3), (16, 1, 1)])
+@pytest.mark.parametrize(("width", "heads", "window"), [(32, 4, 8), (64, 8, 3), (16, 1, 2)])
 def test_presets_train_and_decode(preset: Any, width: int, heads: int, window: int) -> None:
     """Every parameter of every preset gets a gradient, and the state is the one its mask needs."""
     layer = SPEC.layer(preset.configure(LayerPlace(width, heads, window)))

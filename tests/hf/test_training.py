@@ -1,0 +1,53 @@
+"""A model that trains through the plug-in learns what it learns with eager attention: the same losses, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import attnkit.hf
+from attnkit.dispatch import watch
+from attnkit.testing.budgets import assert_within
+
+IDS = torch.randint(3, 99, (3, 24), generator=torch.Generator().manual_seed(1))
+KEPT = torch.ones_like(IDS)
+KEPT[0, :9] = 0
+WANTED = IDS[:, 1:].masked_fill(KEPT[:, :-1] == 0, -100)  # what follows padding is no token's guess
+
+
+def losses(model: Any, steps: int) -> Tensor:
+    """Of a padded batch that is learned by heart, before each step."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    found = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        logits = model(IDS, attention_mask=KEPT, use_cache=False).logits[:, :-1]
+        loss = cross_entropy(logits.flatten(0, 1), WANTED.flatten())  # the model's own would be float32
+        loss.backward()
+        optimizer.step()
+        found.append(loss.detach())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    ("family", "steps"),
+    [("llama", 100), ("gemma2", 20), ("gpt_oss", 20), ("deepseek_v3", 20), ("minimax", 20), ("qwen3_next", 20)],
+)
+def test_losses_are_those_of_eager_attention(
+    family: str, steps: int, tiny: Callable[..., Any], softmax_in_float64: None
+) -> None:
+    naive = losses(tiny(family), steps)
+    gold = losses(tiny(family).double(), steps)
+    model = tiny(family, "attnkit")
+    if family in ("deepseek_v3", "minimax", "qwen3_next"):
+        attnkit.hf.accelerate(model)
+    with watch() as ran:
+        found = losses(model, steps)
+    assert ran and gold[-1] < gold[0] - 1
+    assert_within(found, gold, naive, torch.float32, what=family)
