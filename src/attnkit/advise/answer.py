@@ -53,6 +53,7 @@ def advise(
     planned: bool = False,
     source: int = 0,
     shared: int = 0,
+    dtype: str | None = None,
 ) -> Answer:
     """Which attention, which backend and which cache form a model should have on some hardware, for some traffic.
 
@@ -71,6 +72,7 @@ def advise(
     planned: the model is not trained yet, so that every mechanism takes as much training as any other.
     source: tokens of the sequence that cross-attention reads.
     shared: tokens that all prompts start with.
+    dtype: what to compute and cache in, and store weights in that are not quantised; None for what the model names.
 
     Raises ``ValueError`` in one sentence for whatever cannot be understood.
     """
@@ -80,6 +82,8 @@ def advise(
         model = from_config(dict(config))
     else:
         model = read_config(config)
+    if dtype is not None:
+        model = model.cast(dtype)
     machine = hardware if isinstance(hardware, Hardware) else find(hardware)
     traffic = lengths if isinstance(lengths, Lengths) else parse(lengths, model.longest)
     if isinstance(concurrency, bool) or not 1 <= concurrency <= 1 << 20:

@@ -29,8 +29,8 @@ _WHY: dict[str, str] = {
     "positions": """rope_theta rope_scaling rope_parameters rope_type rope_local_base_freq partial_rotary_factor
         rotary_pct rotary_emb_base rotary_dim rope_interleave rope_ratio original_max_position_embeddings
         no_rope_layers no_rope_layer_interval compress_rope_theta alibi use_rope mrope_section
-        global_rope_theta local_rope_theta position_embedding_type relative_attention_num_buckets
-        relative_attention_max_distance rope_percent swa_rope_theta""",
+        global_rope_theta local_rope_theta rope_interleaved mla_use_nope position_embedding_type
+        relative_attention_num_buckets relative_attention_max_distance rope_percent swa_rope_theta""",
     "factors and choices that move no bytes": """rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon
         hidden_act hidden_activation activation activation_function mlp_hidden_act mamba_hidden_act
         query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping logits_soft_cap logit_scale
@@ -42,7 +42,7 @@ _WHY: dict[str, str] = {
         postnorm full_attn_alpha_factor full_attn_beta_factor linear_attn_alpha_factor linear_attn_beta_factor
         mlp_alpha_factor mlp_beta_factor do_layer_norm_before _remove_final_layer_norm
         apply_residual_connection_post_layernorm slow_but_exact use_parallel_residual parallel_attn
-        reorder_and_upcast_attn scale_attn_weights norm_type scoring_func topk_method topk_group n_group
+        reorder_and_upcast_attn scale_attn_weights norm_type scoring_func topk_method topk_group shared_moe_mode n_group
         num_expert_group norm_topk_prob moe_renormalize routed_scaling_factor use_grouped_topk
         moe_router_activation_func moe_shared_expert_overlap use_mamba_kernels use_mambapy
         use_associative_scan use_bidirectional_attention time_step_limit mamba_chunk_size chunk_size block_size

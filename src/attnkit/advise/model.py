@@ -68,7 +68,7 @@ def record(mechanism: str) -> Callable[..., Cost]:
 @lru_cache(maxsize=1 << 14)
 def _cost(mixer: Mixer, m: int, n: int, itemsize: int) -> Cost:
     options = dict(mixer.options)
-    if mixer.mechanism == "softmax":
+    if mixer.mechanism in ("softmax", "differential"):
         band = Band(mixer.window, mixer.sinks, mixer.one_way and not mixer.source)
         options |= {"mask": band} | ({"codec": mixer.codec} if mixer.codec else {})
     held = n if mixer.budget is None else min(n, mixer.budget)
@@ -179,6 +179,14 @@ class Model:
         for mixer, count in self.mixers.items():
             length = max(1, source) if mixer.source else max(1, n)
             yield count, mixer.cost(m, length, self.itemsize), length
+
+    def cast(self, dtype: str) -> Model:
+        """The same model computed and cached in ``dtype``, and stored in it unless it is quantised."""
+        itemsize = ITEMSIZE.get(dtype, 0)
+        if itemsize < 2:
+            raise ValueError(f"dtype is {dtype!r}, expected float32, bfloat16 or float16")
+        bits = itemsize * 8 if self.weight_bits == self.itemsize * 8 else self.weight_bits
+        return replace(self, dtype=dtype, itemsize=itemsize, weight_bits=bits)
 
     def map(self, change: Callable[[Mixer, int], Mixer]) -> Model:
         """The same model with each mixer changed; ``change`` gets it and the index of its layer."""

@@ -106,6 +106,13 @@ def sparse(f: Fields, width: int, dense: int, experts: Experts) -> tuple[dict[st
     return {"dense": always, "expert": one, "experts": count, "chosen": chosen}, first
 
 
+def routed(f: Fields, layers: int) -> set[int]:
+    """Layers that have experts, in families that say every how many layers they come and which have none."""
+    step = f.integer("decoder_sparse_step", default=1)
+    without = f.each("mlp_only_layers") or []
+    return {i for i in range(layers) if (i + 1) % step == 0 and i not in without}
+
+
 def model(
     f: Fields,
     s: Sizes,

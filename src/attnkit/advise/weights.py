@@ -37,10 +37,10 @@ def gated_delta(width: int, g: int, h: int, d: int, e: int, taps: int) -> int:
     return width * (channels + h * e + 2 * h) + taps * channels + 2 * h + e + h * e * width
 
 
-def kimi_delta(width: int, h: int, d: int, taps: int) -> int:
-    """Kimi Delta Attention: three maps with convolutions, gates of low rank, a norm."""
+def kimi_delta(width: int, h: int, d: int, taps: int, *, low_rank: bool = True) -> int:
+    """Kimi Delta Attention: three maps with convolutions, two gates, of low rank or not, a norm."""
     maps = 4 * width * h * d + 3 * taps * h * d
-    gates = 2 * (width * d + d * h * d) + width * h
+    gates = 2 * (width * d + d * h * d if low_rank else width * h * d) + width * h
     return maps + gates + h + h * d + d
 
 

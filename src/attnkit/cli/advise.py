@@ -24,6 +24,7 @@ def verb(
     planned: Annotated[bool, typer.Option("--planned", help="The model is not trained yet.")] = False,
     source: Annotated[str, typer.Option(help="Tokens that cross-attention reads.")] = "",
     shared: Annotated[str, typer.Option(help="Tokens that all prompts start with.")] = "",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; what the model names.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the answer as a page to this file.")] = None,
     models: Annotated[bool, typer.Option("--models", help="List the models that are known by name.")] = False,
     families: Annotated[bool, typer.Option("--families", help="List the families that can be read.")] = False,
@@ -70,6 +71,7 @@ def verb(
         planned=planned,
         source=tokens(source, "source") if source else 0,
         shared=tokens(shared, "shared") if shared else 0,
+        dtype=dtype,
     )
     if json:
         from attnkit.advise.document import document

@@ -11,7 +11,7 @@ from attnkit.costs.compressed import compressed
 from attnkit.costs.latent import dsa, latent_forms, mla
 from attnkit.costs.pairs import Band, interval_pairs
 from attnkit.costs.recurrent import CHUNK, DELTA_BLOCK, TILE, convolution, delta, gla, retention
-from attnkit.costs.softmax import GROUP, packed_bytes, softmax
+from attnkit.costs.softmax import GROUP, differential, packed_bytes, softmax
 
 __all__ = [
     "CHUNK",
@@ -22,6 +22,7 @@ __all__ = [
     "compressed",
     "convolution",
     "delta",
+    "differential",
     "dsa",
     "gla",
     "interval_pairs",

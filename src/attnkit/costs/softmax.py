@@ -67,6 +67,19 @@ def _coded(codec: str, s: Sizes, itemsize: int) -> tuple[int, int]:
     return s.g * token, s.g * (whole + values * s.n + 2 * GROUP * s.d * itemsize - token * s.n)
 
 
+def differential(sizes: Sizes, *, mask: Seen | None = None, itemsize: int = 4) -> Cost:
+    """Cost of one call, ``sizes.d`` being the size of one half; a token's state is its two half keys and its value."""
+    s = sizes
+    pairs = s.m * s.n if mask is None else mask.visible_pairs(s.m, s.n) // (mask.batches * mask.heads)
+    token = s.g * (2 * s.d + s.e) * itemsize
+    return Cost(
+        flops=4 * s.b * s.h * pairs * (s.d + s.e),
+        bytes=s.b * (s.h * s.m * (2 * s.d + s.e) * itemsize + s.n * token),
+        state_bytes_per_token=token,
+        state_bytes_fixed=0,
+    )
+
+
 def packed_bytes(size: int) -> int:
     """Bytes of one token's int4 codes."""
     rest = size % 128

@@ -6,14 +6,19 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from attnkit.advise.families import dense, latent, linear
+from attnkit.advise.families import cross, dense, latent, linear
 from attnkit.advise.fields import Fields, read_json
 from attnkit.advise.keys import IGNORABLE
 from attnkit.advise.model import Model
 
-TABLE = dense.TABLE | latent.TABLE | linear.TABLE
-ALIASES = {"MiniMaxText01": "minimax", "minimax_m1": "minimax", "gemma3": "gemma3_text", "llama4": "llama4_text"}
-ALIASES |= {"gemma4": "gemma4_text", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+TABLE = dense.TABLE | latent.TABLE | linear.TABLE | cross.TABLE
+ALIASES = {"minimax_m1": "minimax", "gemma3": "gemma3_text", "llama4": "llama4_text"}
+ALIASES |= {
+    "mllama": "mllama_text_model",
+    "gemma4": "gemma4_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
 # Other sequences than text, and the language model beside them.
 LANGUAGE = ("text_config", "language_config", "llm_config")
 OTHERS = ("vision_config", "audio_config", "speech_config", "vision_tower_config", "projector_config")

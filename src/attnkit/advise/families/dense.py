@@ -8,13 +8,14 @@ from dataclasses import replace
 from attnkit.advise import weights
 from attnkit.advise.fields import Fields
 from attnkit.advise.model import Layer, Model
-from attnkit.advise.parts import FULL, WINDOW, Experts, attention, kinds, known, model, sizes, sparse
+from attnkit.advise.parts import FULL, WINDOW, Experts, attention, kinds, known, model, routed, sizes, sparse
 
 Reader = Callable[[Fields], Model]
 Pattern = Callable[[int], str]
 
 MIXTRAL = Experts(("num_local_experts", "num_experts"), ("intermediate_size",))
 QWEN = Experts(("num_experts", "num_local_experts"))
+DOTS = Experts(("n_routed_experts",), shared=("n_shared_experts",), first_dense=("first_k_dense_replace",))
 CHUNK = "chunked_attention"
 
 
@@ -25,7 +26,8 @@ def every(period: int) -> Pattern:
 
 def dense(
     *,
-    pattern: Pattern | str | None = None,
+    pattern: Pattern | None = None,
+    period: int | None = None,
     span: tuple[str, ...] = ("sliding_window",),
     gated: bool = True,
     norms: int = 2,
@@ -36,46 +38,70 @@ def dense(
     norm_bias: bool = False,
     tied: bool = False,
     experts: Experts | None = None,
-    sink: bool = False,
+    sinks: int = 0,
+    more: int = 0,
+    head_norm: bool = True,
+    groups: bool = True,
+    own: Callable[[int, int], int] = lambda width, inner: 0,
 ) -> Reader:
     """Decoders of softmax attention and a feed-forward part.
 
     ``pattern`` names the kind of layer ``i`` where there is no ``layer_types``; by default all have the window, if
-    there is one. ``qk`` norms of queries and keys are of one "head" or of "all" of them. ``bias`` None is what
-    ``attention_bias`` says.
+    there is one, but for each last one of a ``period``. ``qk`` norms of queries and keys are of one "head" or of "all"
+    of them. ``bias`` None is what ``attention_bias`` says. ``own`` is what else a layer has.
     """
 
     def read(f: Fields) -> Model:
+        if not groups:
+            _all_heads(f)
         s = sizes(f)
         inner = f.integer("intermediate_size", "ffn_dim", "n_inner", default=4 * s.width)
         window = f.integer(*span, default=0, least=0) or None
-        named = kinds(f, s.layers, pattern or (WINDOW if window else FULL))
+        repeated = _period(f, period) if period else None
+        named = kinds(f, s.layers, pattern or repeated or (WINDOW if window else FULL))
         asked = f.flag("attention_bias", "use_qkv_bias", default=False)
+        f.skip("experts_per_token")
         b = asked if bias is None else bias
         o = b if out_bias is None else out_bias
-        more = {"": 0, "head": 2 * s.head, "all": s.head * (s.heads + s.groups), "layer": s.head * (s.heads + s.groups)}
-        extra = more[qk] + (s.heads if sink else 0)
+        extra = {"": 0, "head": 2 * s.head, "all": s.head * (s.heads + s.groups)}[qk] + more + sinks * s.heads
+        if f.flag("qk_layernorm"):
+            extra += s.head * (s.heads + s.groups)
         part, first = sparse(f, s.width, inner, experts) if experts else ({}, s.layers)
         plain = weights.feed_forward(s.width, inner, gated=gated, bias=f.flag("mlp_bias", "use_bias", default=mlp_bias))
-        edges = norms * s.width * (2 if norm_bias else 1)
+        edges = norms * s.width * (2 if norm_bias else 1) + own(s.width, inner)
+        chosen = routed(f, s.layers) if experts is QWEN else range(first, s.layers)
         layers = []
         for i, kind in enumerate(named):
             near = known(f, kind, (FULL, WINDOW, CHUNK)) != FULL
             if near and window is None:
                 f.fail(span[0], "is missing", f"the window of the {named.count(kind)} layers of {kind}")
             mixer = attention(s, window=window if near else None, bias=b, out_bias=o, more=extra)
-            layer = Layer((mixer,), plain) if i < first else Layer((mixer,), **part)
+            layer = Layer((mixer,), **part) if i in chosen else Layer((mixer,), plain)
             layers.append(replace(layer, dense=layer.dense + edges))
-        return model(f, s, layers, tied=tied, inner=inner, final=s.width * (2 if norm_bias else 1))
+        final = s.width * (2 if norm_bias else 1) if head_norm else 0
+        return model(f, s, layers, tied=tied, inner=inner, final=final)
 
     return read
 
 
-def switched(reader: Reader) -> Reader:
+def _period(f: Fields, period: int) -> Pattern:
+    names = ("sliding_window_pattern", "_sliding_window_pattern")
+    if isinstance(f.data.get(names[0]), str):
+        return every(len(f.text(names[0]) or " " * period))
+    return every(f.integer(*names, default=period, least=0) or 1 << 20)
+
+
+def _all_heads(f: Fields) -> None:
+    """These families have as many KV heads as query heads, whatever else may be written."""
+    f.skip("num_key_value_heads")
+    f.data = {name: value for name, value in f.data.items() if name != "num_key_value_heads"}
+
+
+def switched(reader: Reader, otherwise: bool = False) -> Reader:
     """Families that name a window which counts only where ``use_sliding_window`` says so, from some layer on."""
 
     def read(f: Fields) -> Model:
-        used = f.flag("use_sliding_window", default=False)
+        used = f.flag("use_sliding_window", default=otherwise) and f.has("sliding_window")
         after = f.integer("max_window_layers", default=0, least=0)
         if not used:
             f.skip("sliding_window")
@@ -90,9 +116,12 @@ def switched(reader: Reader) -> Reader:
 
 def gpt2(f: Fields) -> Model:
     """GPT-2: learned positions, biases everywhere."""
+    _all_heads(f)
     s = sizes(f)
     inner = f.integer("n_inner", default=4 * s.width)
     longest = f.integer("n_positions", default=1024, most=1 << 31)
+    if f.flag("add_cross_attention"):
+        f.fail("add_cross_attention", "is true", "false: a source is not counted for this family")
     mixer = attention(s, bias=True, out_bias=True)
     layer = Layer((mixer,), weights.feed_forward(s.width, inner, gated=False, bias=True) + 4 * s.width)
     return model(f, s, [layer] * s.layers, positions=longest * s.width, final=2 * s.width, tied=True, inner=inner)
@@ -100,6 +129,7 @@ def gpt2(f: Fields) -> Model:
 
 def opt(f: Fields) -> Model:
     """OPT: learned positions with two places more, biases everywhere."""
+    _all_heads(f)
     s = sizes(f)
     inner = f.integer("ffn_dim")
     narrow = f.integer("word_embed_proj_dim", default=s.width)
@@ -160,7 +190,7 @@ def mpt(f: Fields) -> Model:
     return model(f, s, [layer] * s.layers, tied=True, inner=inner)
 
 
-def gemma3n_like(f: Fields) -> Model:
+def gemma4(f: Fields) -> Model:
     """Gemma-4: windows, larger heads where everything is seen, caches shared by the last layers, embeddings a layer."""
     s = sizes(f)
     inner = f.integer("intermediate_size")
@@ -194,7 +224,7 @@ def gemma3n_like(f: Fields) -> Model:
         elif not near and same:
             mixer = replace(mixer, weights=mixer.weights - s.width * groups * head)
         wide = inner * 2 if double and not keeps else inner
-        always = weights.feed_forward(s.width, wide) + 4 * s.width + 1
+        always = weights.feed_forward(s.width, wide) + 4 * s.width
         always += 2 * s.width * small + s.width if small else 0
         layers.append(
             Layer((mixer,), always + part.get("dense", 0), *(part[k] for k in ("expert", "experts", "chosen") if part))
@@ -228,61 +258,87 @@ def llama4(f: Fields) -> Model:
 
 
 def differential(f: Fields) -> Model:
-    """DiffLlama: two maps of weights a pair of heads; the cache is that of softmax attention with as many heads."""
+    """DiffLlama: heads in pairs, whose weights are subtracted; a pair has two keys and one value twice as wide."""
     found = dense()(f)
-    head = found.layers[0].mixers[0].key_size
-
-    def change(mixer: object, i: int) -> object:
-        return mixer
-
-    del change
-    return found.map(
-        lambda mixer, i: replace(
-            mixer,
-            mechanism="differential",
-            weights=mixer.weights + 4 * head,
-        )
+    mixer = found.layers[0].mixers[0]
+    for name, heads in (("num_attention_heads", mixer.heads), ("num_key_value_heads", mixer.groups)):
+        if heads % 2:
+            f.fail(name, f"is {heads}", "an even number: heads come in pairs")
+    pairs = replace(
+        mixer,
+        mechanism="differential",
+        heads=mixer.heads // 2,
+        groups=mixer.groups // 2,
+        value_size=2 * mixer.value_size,
+        weights=mixer.weights + 4 * mixer.key_size,
     )
+    return found.map(lambda mixer, i: pairs)
+
+
+def doge(f: Fields) -> Model:
+    """Doge: a mask made of the values, residuals with weights; experts, which few checkpoints have, are refused."""
+    if f.flag("is_moe"):
+        f.fail("is_moe", "is true", "false: its experts are not counted yet")
+    f.skip("num_experts", "num_experts_per_tok", "keep_window_size")
+    s = sizes(f)
+    own = s.groups * (s.groups * s.head + 1)
+    return dense(qk="head", more=own, norms=4)(f)
+
+
+def modernbert(f: Fields) -> Model:
+    """ModernBERT's decoder: every third layer sees everything; the first has no norm before its attention."""
+    read = dense(
+        pattern=lambda i: WINDOW if i % 3 else FULL, span=("sliding_window", "local_attention"), groups=False, tied=True
+    )
+    found = read(f)
+    bias = found.vocabulary if f.flag("decoder_bias", default=True) else 0
+    f.skip("local_attention", "global_attn_every_n_layers")
+    first = replace(found.layers[0], dense=found.layers[0].dense - found.width)
+    # A norm behind the embedding, and a map and a norm before the head.
+    more = found.width + found.width * (found.width + 1) + bias
+    if f.flag("norm_bias"):
+        more += found.width * (2 * len(found.layers) + 2)
+    return replace(found, layers=(first, *found.layers[1:]), embedding=found.embedding + more)
 
 
 TABLE: dict[str, Reader] = {
-    "llama": dense(),
-    "mistral": dense(),
-    "ministral": dense(),
-    "ministral3": dense(),
-    "apertus": dense(gated=False, qk="head"),
+    "apertus": dense(gated=False, qk="head", more=2),
     "arcee": dense(gated=False),
-    "bitnet": dense(),
-    "cohere2": dense(pattern=every(4), norms=1, tied=True),
-    "dots1": dense(
-        qk="head",
-        experts=Experts(("n_routed_experts",), shared=("n_shared_experts",), first_dense=("first_k_dense_replace",)),
-    ),
-    "exaone4": dense(pattern=every(4), qk="head"),
+    "bitnet": dense(own=lambda width, inner: width + inner),
+    "bloom": bloom,
+    "cohere2": dense(period=4, norms=1, tied=True),
+    "diffllama": differential,
+    "doge": doge,
+    "dots1": switched(dense(qk="head", experts=DOTS), otherwise=True),
+    "exaone4": dense(period=4, qk="head"),
+    "falcon": falcon,
     "gemma": dense(tied=True),
-    "gemma2": dense(pattern=every(2), norms=4, tied=True),
-    "gemma3_text": dense(pattern=every(6), norms=4, qk="head", tied=True),
-    "gemma4_text": gemma3n_like,
+    "gemma2": dense(period=2, norms=4, tied=True),
+    "gemma3_text": dense(period=6, norms=4, qk="head", tied=True),
+    "gemma4_text": gemma4,
     "gpt2": gpt2,
-    "gpt_neox": dense(gated=False, bias=True, mlp_bias=True, norm_bias=True),
+    "gpt_neox": dense(gated=False, bias=True, mlp_bias=True, norm_bias=True, groups=False),
     "gpt_oss": dense(
-        pattern=lambda i: WINDOW if i % 2 == 0 else FULL,
+        period=2,
         bias=True,
-        sink=True,
+        sinks=1,
         experts=Experts(("num_local_experts",), ("intermediate_size",), router_bias=True, bias=True),
     ),
     "granite": dense(),
     "helium": dense(),
+    "llama": dense(),
     "llama4_text": llama4,
     "minimax_m2": dense(qk="all", experts=MIXTRAL),
+    "ministral": dense(),
+    "ministral3": dense(),
+    "mistral": dense(),
     "mixtral": dense(experts=MIXTRAL),
-    "nanochat": dense(gated=False, norms=0),
-    "olmo2": dense(qk="all"),
-    "olmo3": dense(pattern=every(4), qk="all"),
-    "opt": opt,
-    "bloom": bloom,
-    "falcon": falcon,
+    "modernbert-decoder": modernbert,
     "mpt": mpt,
+    "nanochat": dense(gated=False, norms=0, head_norm=False),
+    "olmo2": dense(qk="all"),
+    "olmo3": dense(period=4, qk="all"),
+    "opt": opt,
     "phi3": dense(),
     "qwen2": switched(dense(bias=True, out_bias=False)),
     "qwen3": switched(dense(qk="head")),
@@ -290,9 +346,4 @@ TABLE: dict[str, Reader] = {
     "smollm3": switched(dense()),
     "stablelm": dense(norm_bias=True),
     "starcoder2": dense(gated=False, bias=True, mlp_bias=True, norm_bias=True, tied=True),
-    "modernbert-decoder": dense(
-        pattern=lambda i: FULL if i % 3 == 0 else WINDOW, span=("sliding_window", "local_attention"), tied=True
-    ),
-    "diffllama": differential,
-    "doge": dense(),
 }

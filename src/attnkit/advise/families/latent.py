@@ -73,7 +73,7 @@ def indexed(f: Fields) -> Model:
     heads, size, top = f.heads("index_n_heads"), f.integer("index_head_dim"), f.integer("index_topk")
     plain = latent(f, s)
     named = f.each("indexer_types", length=s.layers) or ["full"] * s.layers
-    f.skip("layer_types", "num_nextn_predict_layers", "attention_bias", "mlp_bias", "hc_mult", "index_topk_freq")
+    f.skip("layer_types", "num_nextn_predict_layers", "attention_bias", "mlp_bias")
     mixers = []
     for kind in named:
         if kind not in ("full", "shared"):
@@ -82,7 +82,21 @@ def indexed(f: Fields) -> Model:
         options = (*plain.options, ("top", top), ("index", size), ("index_heads", own))
         count = weights.indexer(s.width, f.integer("q_lora_rank", default=0, least=0), heads, size) if own else 0
         mixers.append(replace(plain, mechanism="dsa", options=options, weights=plain.weights + count))
-    return joined(f, s, mixers, parts(f, s))
+    found = joined(f, s, mixers, parts(f, s))
+    if f.data["model_type"] != "hy_v4":
+        return found
+    # A sink a head, an output gate, and hyper-connections of several streams.
+    streams = f.integer("hc_mult", default=4)
+    gate = s.heads * (1 + plain.value_size * s.width)
+    each = 2 * (2 * streams * (streams * s.width + 1) + 2)
+    return _connected(found.map(lambda mixer, i: replace(mixer, weights=mixer.weights + gate)), streams, each)
+
+
+def _connected(found: Model, streams: int, each: int) -> Model:
+    """The same with ``each`` weights a layer that mix streams, and those that join them at the end."""
+    layers = tuple(replace(layer, dense=layer.dense + each) for layer in found.layers)
+    end = streams * streams * found.width + streams + 1
+    return replace(found, layers=layers, embedding=found.embedding + end)
 
 
 def longcat(f: Fields) -> Model:
@@ -100,16 +114,23 @@ def longcat(f: Fields) -> Model:
     return model(f, s, [Layer((mixer, mixer), **part)] * s.layers, inner=inner)
 
 
+def _legacy(f: Fields) -> dict[str, object]:
+    """Rates under the names that older configurations have."""
+    names = {"compressed_sparse_attention": "compress_rate_csa", "heavily_compressed_attention": "compress_rate_hca"}
+    return {kind: f.raw(old) for kind, old in names.items() if f.has(old)}
+
+
 def compressed(f: Fields) -> Model:
     """DeepSeek-V4: one vector a token is key and value; windows, and entries of 4 or 128 tokens."""
     s = replace(sizes(f), groups=1)
     window = f.integer("sliding_window")
     rates = f.inner("compress_rates")
+    rates.data = {**_legacy(f), **rates.data}
     rank = f.integer("q_lora_rank")
     groups, out = f.integer("o_groups"), f.integer("o_lora_rank")
     heads, size, top = f.heads("index_n_heads"), f.integer("index_head_dim"), f.integer("index_topk")
     f.skip("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "mlp_bias", "attention_bias")
-    f.skip("num_nextn_predict_layers", "hc_mult", "num_hash_layers", "qk_head_dim")
+    f.skip("num_nextn_predict_layers", "num_hash_layers", "qk_head_dim", "first_k_dense_replace", "expert_dtype")
     sparse_kind, heavy_kind = "compressed_sparse_attention", "heavily_compressed_attention"
     ratios = f.each("compress_ratios")
     if ratios is not None and not f.has("layer_types"):
@@ -119,7 +140,7 @@ def compressed(f: Fields) -> Model:
                 f.fail("compress_ratios", f"has {ratio!r}", "0, 4 or 128")
         # The last entries are those of layers that predict more tokens at once, which decoding does not run.
         f.data = {**f.data, "layer_types": [names[ratio] for ratio in ratios[: s.layers]]}
-    named = kinds(f, s.layers, lambda i: heavy_kind if i < 2 or i % 2 == 0 else sparse_kind)
+    named = kinds(f, s.layers, lambda i: sparse_kind if i >= 2 and i % 2 else heavy_kind)
     mixers = []
     for kind in named:
         known(f, kind, (WINDOW, sparse_kind, heavy_kind))
@@ -143,7 +164,9 @@ def compressed(f: Fields) -> Model:
     )
     f.skip("mlp_layer_types", "num_experts", "num_shared_experts", "intermediate_size")
     routed, _ = sparse(f, s.width, 4 * s.width, experts)
-    return joined(f, s, mixers, [routed] * s.layers)
+    streams = f.integer("hc_mult", default=4)
+    ways = streams * (streams + 2)
+    return _connected(joined(f, s, mixers, [routed] * s.layers), streams, 2 * (ways * (streams * s.width + 1) + 3))
 
 
 def mimo(f: Fields) -> Model:
@@ -154,7 +177,7 @@ def mimo(f: Fields) -> Model:
         s.width,
         s.layers,
         f.heads("swa_num_attention_heads", default=s.heads),
-        f.heads("swa_num_key_value_heads", default=s.groups),
+        f.heads("swa_num_key_value_heads", default=min(s.heads, 2 * s.groups)),
         f.integer("swa_head_dim", default=s.head),
         s.vocabulary,
     )

@@ -9,7 +9,20 @@ from attnkit.advise.families.dense import MIXTRAL, every
 from attnkit.advise.families.latent import DEEPSEEK, joined, latent, parts
 from attnkit.advise.fields import Fields
 from attnkit.advise.model import Layer, Mixer, Model
-from attnkit.advise.parts import FULL, LINEAR, WINDOW, Experts, Sizes, attention, kinds, known, model, sizes, sparse
+from attnkit.advise.parts import (
+    FULL,
+    LINEAR,
+    WINDOW,
+    Experts,
+    Sizes,
+    attention,
+    kinds,
+    known,
+    model,
+    routed,
+    sizes,
+    sparse,
+)
 
 
 def _periodic(f: Fields, s: Sizes, period: int) -> list[str]:
@@ -37,13 +50,14 @@ def qwen_next(f: Fields) -> Model:
     far = attention(s, bias=bias, more=s.width * s.heads * s.head + 2 * s.head)
     named = _periodic(f, s, 4)
     inner = f.integer("intermediate_size", default=4 * s.width)
-    f.skip("decoder_sparse_step", "mlp_only_layers")
-    feed = {"dense": weights.feed_forward(s.width, inner)}
+    f.skip("use_sliding_window")
+    feed = plain = {"dense": weights.feed_forward(s.width, inner)}
     if f.data.get("model_type") != "qwen3_5_text":
         experts = Experts(("num_experts",), shared_inner=("shared_expert_intermediate_size",), shared_gate=True)
         feed, _ = sparse(f, s.width, inner, experts)
+    chosen = routed(f, s.layers)
     mixers = [linear if known(f, kind, (LINEAR, FULL)) == LINEAR else far for kind in named]
-    return joined(f, s, mixers, [feed] * s.layers)
+    return joined(f, s, mixers, [feed if i in chosen else plain for i in range(s.layers)])
 
 
 def olmo_hybrid(f: Fields) -> Model:
@@ -71,17 +85,14 @@ def kimi(f: Fields) -> Model:
     full = nested.each("full_attn_layers")
     nested.skip("kda_layers")
     # Numbers of layers start at 1 there.
-    named = kinds(f, s.layers, lambda i: (FULL if i + 1 in full else LINEAR) if full else _fourth(i))
-    linear = Mixer(
-        "delta", h, h, d, d, (("tail", (taps - 1) * 3 * h * d),), weights=weights.kimi_delta(s.width, h, d, taps)
-    )
+    named = kinds(f, s.layers, lambda i: FULL if (i + 1 in full if full else i and i % 4 == 0) else LINEAR)
+    bailing = f.data["model_type"] == "bailing_hybrid"
+    count = weights.kimi_delta(s.width, h, d, taps, low_rank=not bailing)
+    linear = Mixer("delta", h, h, d, d, (("tail", (taps - 1) * 3 * h * d),), weights=count)
     far = latent(f, s)
+    far = replace(far, weights=far.weights + (s.width * s.heads if bailing else 0))
     mixers = [linear if known(f, kind, (LINEAR, FULL)) == LINEAR else far for kind in named]
     return joined(f, s, mixers, parts(f, s, replace(DEEPSEEK, shared=("num_shared_experts", "n_shared_experts"))))
-
-
-def _fourth(i: int) -> str:
-    return FULL if (i + 1) % 4 == 0 else LINEAR
 
 
 def minimax(f: Fields) -> Model:

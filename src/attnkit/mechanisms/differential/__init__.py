@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from attnkit import shapes
+from attnkit.costs import differential as cost
 from attnkit.dispatch import run
 from attnkit.masks import Mask, causal, checked
 from attnkit.mechanisms.differential import chunk
 from attnkit.mechanisms.differential.reference import forward as reference
 from attnkit.positions import Rotary
-from attnkit.spec import Backend, Cost, Laws, LayerPlace, Mechanism, Preset, Sizes
+from attnkit.spec import Backend, Laws, LayerPlace, Mechanism, Preset, Sizes
 from attnkit.state import KVState
 
 __all__ = ["SPEC", "DifferentialAttention", "DifferentialConfig", "differential_attention", "initial_share"]
@@ -99,19 +100,6 @@ def sample(
     )
     drawn = {"q": q, "k": k, "v": v, "share": 0.1 + 0.3 * torch.rand(s.h, generator=generator, dtype=torch.float64)}
     return {name: x.to(device, dtype) for name, x in drawn.items()} | {"mask": causal()}
-
-
-def cost(sizes: Sizes, *, mask: Mask | None = None, itemsize: int = 4) -> Cost:
-    """Cost of one call, ``sizes.d`` being the size of one half; a token's state is its two half keys and its value."""
-    s = sizes
-    pairs = s.m * s.n if mask is None else mask.visible_pairs(s.m, s.n) // (mask.batches * mask.heads)
-    token = s.g * (2 * s.d + s.e) * itemsize
-    return Cost(
-        flops=4 * s.b * s.h * pairs * (s.d + s.e),
-        bytes=s.b * (s.h * s.m * (2 * s.d + s.e) * itemsize + s.n * token),
-        state_bytes_per_token=token,
-        state_bytes_fixed=0,
-    )
 
 
 def _chunk() -> Any:

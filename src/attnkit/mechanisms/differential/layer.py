@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from attnkit.costs import differential as cost
 from attnkit.masks import Mask, causal
-from attnkit.mechanisms.differential import cost, differential_attention
+from attnkit.mechanisms.differential import differential_attention
 from attnkit.positions import Rotary
 from attnkit.projected import MaskedAttention
 from attnkit.shapes import check_groups
