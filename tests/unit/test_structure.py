@@ -221,7 +221,7 @@ def _forbidden(node: ast.AST) -> str | None:
             return f"{name}()"
         case ast.Attribute(value=ast.Name(id="os"), attr="system" | "popen" as name):
             return f"os.{name}"
-        case ast.keyword(arg="shell" | "allow_pickle" as name, value=ast.Constant(value=True)):
+        case ast.keyword(arg="shell" | "allow_pickle" | "trust_remote_code" as name, value=ast.Constant(value=True)):
             return f"{name}=True"
         case ast.ExceptHandler(type=None):
             return "a bare except"
@@ -350,6 +350,7 @@ def test_nothing_runs_code_from_data() -> None:
         "os.system('ls')",
         "run('ls', shell=True)",
         "np.load(path, allow_pickle=True)",
+        "from_pretrained(path, trust_remote_code=True)",
         "try:\n    f()\nexcept:\n    pass",
     ],
 )

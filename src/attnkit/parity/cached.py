@@ -12,6 +12,8 @@ from attnkit.parity.caches import cache
 from attnkit.parity.forward import LOGITS, Trace, judged, left_padded
 from attnkit.parity.record import Check, Finding, Lane
 from attnkit.parity.subject import Subject, hidden_states
+from attnkit.parity.text import Said, compared
+from attnkit.testing.budgets import STORED
 
 
 def read(model: Any, subject: Subject, cuts: Iterable[int], name: str) -> Trace:
@@ -26,13 +28,29 @@ def read(model: Any, subject: Subject, cuts: Iterable[int], name: str) -> Trace:
     return {name: x[kept.bool()] for name, x in (found | {LOGITS: torch.cat(logits, 1)}).items()}
 
 
+def _compared(subject: Subject, lane: Lane, key: str, cuts: tuple[int, ...]) -> Finding:
+    name = lane.cache
+    assert name is not None
+    gold = subject.true(key, lambda model: read(model, subject, cuts, "dynamic"))
+    naive = subject.plain(key, lambda model: read(model, subject, cuts, "dynamic"))
+    got = subject.tried(lane.backend, f"{key}, {name}", lambda model: read(model, subject, cuts, name))
+    if name in STORED:
+        logits, right = got[LOGITS], gold[LOGITS]
+        return compared(Said.of(logits, right.argmax(-1)), Said.of(right, right.argmax(-1)), STORED[name])
+    return judged(got, gold, naive, subject.dtype)
+
+
 def _decode(subject: Subject, lane: Lane) -> Finding:
     n = subject.ids.shape[1]
-    cuts = (n // 2, *range(n // 2 + 1, n + 1))
-    assert lane.cache is not None
-    gold, naive = subject.expected("decode", lambda model: read(model, subject, cuts, "dynamic"))
-    with subject.under(lane.backend) as model:
-        return judged(read(model, subject, cuts, lane.cache), gold, naive, subject.dtype)
+    return _compared(subject, lane, "decode", (n // 2, *range(n // 2 + 1, n + 1)))
 
 
-CHECKS = (Check("decode", "tokens read one at a time after a prompt padded on the left", _decode, cached=True),)
+def _chunked(subject: Subject, lane: Lane) -> Finding:
+    n = subject.ids.shape[1]
+    return _compared(subject, lane, "chunked prefill", (n // 3, n // 3 + 1, 2 * n // 3 - 1, n - 2, n))
+
+
+CHECKS = (
+    Check("chunked prefill", "text padded on the left, read in uneven pieces", _chunked, cached=True),
+    Check("decode", "tokens read one at a time after a prompt padded on the left", _decode, cached=True),
+)

@@ -17,16 +17,20 @@ CACHES = {
     "int8": "attnkit.hf.Cache of int8",
     "int4": "attnkit.hf.Cache of int4",
     "fp8": "attnkit.hf.Cache of fp8",
+    "paged": "attnkit.hf.Cache on pages",
 }
 
 
 def cache(name: str, config: Any, length: int) -> Any:
     """A new cache with room for ``length`` tokens; one of ``CACHES``."""
+    ours: Any = attnkit.hf.Cache
     match name:
         case "dynamic":
             return DynamicCache(config=config)
         case "static":
             return StaticCache(config=config, max_cache_len=length)
         case "attnkit":
-            return attnkit.hf.Cache(config)
-    return attnkit.hf.Cache(config, dtype=name)
+            return ours(config)
+        case "paged":
+            return ours(config, paged=True, max_length=length)
+    return ours(config, dtype=name)

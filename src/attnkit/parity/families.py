@@ -125,10 +125,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(name: str, implementation: str = "eager", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def build(
+    name: str, implementation: str = "eager", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+) -> Any:
     """A model of one family in evaluation mode; the same weights for every implementation and dtype."""
     options = {k: v for k, v in {**_BASE, **FAMILIES[name], **changes}.items() if v is not None}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = CONFIG_MAPPING[name](**options)
     config._experts_implementation = "eager"  # the grouped product has no float64
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)

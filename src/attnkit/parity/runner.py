@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from attnkit.parity import cached, forward
+from attnkit.parity import cached, calls, forward, text
+from attnkit.parity.caches import CACHES
 from attnkit.parity.record import Check, DoesNotApplyError, Finding, Lane, Row, Verdict
-from attnkit.parity.subject import Subject, first_sentence
+from attnkit.parity.subject import Subject, first_sentence, usable
 
-CHECKS: tuple[Check, ...] = (*forward.CHECKS, *cached.CHECKS)
+CHECKS: tuple[Check, ...] = (*calls.CHECKS, *forward.CHECKS, *cached.CHECKS, *text.CHECKS)
 
 
 def plan(backends: Sequence[str], caches: Sequence[str], checks: Sequence[Check] = CHECKS) -> list[tuple[Check, Lane]]:
-    """Every check with every lane, in the order of the report: backend by backend, cache by cache."""
+    """Every check with every lane, in the order of the report; raises ValueError for a cache that there is none of."""
+    for cache in caches:
+        if cache not in CACHES:
+            raise ValueError(f"there is no cache {cache!r}, expected some of {', '.join(CACHES)}")
+    if not backends or not caches:
+        raise ValueError("there is nothing to check: name at least one backend and one cache")
     return [
         (check, Lane(backend, cache))
         for check in checks
@@ -23,6 +29,7 @@ def plan(backends: Sequence[str], caches: Sequence[str], checks: Sequence[Check]
 
 def run(subject: Subject, work: Sequence[tuple[Check, Lane]], tell: Callable[[Row], None] | None = None) -> list[Row]:
     """A row for each check and lane of ``work``; ``tell`` hears of each when it is there."""
+    usable([lane.backend for _, lane in work])
     rows = []
     for check, lane in work:
         rows.append(Row(check, lane, _found(subject, check, lane)))

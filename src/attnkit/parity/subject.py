@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from attnkit.parity.record import DoesNotApplyError
 
@@ -21,7 +23,8 @@ class Subject:
 
     name: for people. model: in evaluation mode, in the dtype judged. gold: the same weights in float64.
     against: the implementation that is right by definition.
-    ids: (b, n) tokens. text: (t,) tokens to measure perplexity on.
+    ids: (b, n) tokens. text: (t,) tokens to measure perplexity on. prompt: how many of them text is written after.
+    new: how many tokens of it.
     """
 
     name: str
@@ -30,6 +33,8 @@ class Subject:
     against: str
     ids: Tensor
     text: Tensor
+    prompt: int
+    new: int
     _known: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -44,23 +49,60 @@ class Subject:
         with implementation(self.model, backend):
             yield self.model
 
-    def expected(self, key: str, run: Callable[[Any], T]) -> tuple[T, T]:
-        """What ``run`` returns for the model in float64 and for the model judged, both under ``against``.
+    def true(self, key: str, run: Callable[[Any], T]) -> T:
+        """What ``run`` returns for the model in float64 under ``against``; it is run once for each ``key``.
 
-        It is run once for each ``key``. Raises ``DoesNotApplyError`` where the implementation compared with cannot.
+        Raises ``DoesNotApplyError`` where the implementation compared with cannot.
         """
+        return self._once(f"true {key}", lambda: self._gold(run))
+
+    def plain(self, key: str, run: Callable[[Any], T]) -> T:
+        """The same for the model in the dtype judged."""
+        return self._once(f"plain {key}", lambda: self._run(self.against, run))
+
+    def tried(self, backend: str, key: str, run: Callable[[Any], T]) -> T:
+        """What ``run`` returns for the model judged under ``backend``; ``key`` has to name the run, its cache included.
+
+        Raises ``DoesNotApplyError`` for what the implementation compared with cannot do either, unless it is refused.
+        """
+        try:
+            return self._run(backend, run)
+        except (NotImplementedError, ValueError, DoesNotApplyError):
+            raise
+        except Exception:
+            self.plain(key, run)
+            raise
+
+    def _gold(self, run: Callable[[Any], T]) -> T:
+        with float64_softmax(), implementation(self.gold, self.against):
+            return run(self.gold)
+
+    def _run(self, backend: str, run: Callable[[Any], T]) -> T:
+        with self.under(backend) as model:
+            return run(model)
+
+    def _once(self, key: str, run: Callable[[], T]) -> T:
         if key not in self._known:
             try:
-                with float64_softmax(), implementation(self.gold, self.against):
-                    gold = run(self.gold)
-                with self.under(self.against):
-                    self._known[key] = gold, run(self.model)
+                self._known[key] = run()
             except Exception as error:
                 self._known[key] = DoesNotApplyError(f"{self.against} itself cannot: {first_sentence(error)}")
         if isinstance(known := self._known[key], DoesNotApplyError):
             raise known
-        gold, naive = known
-        return gold, naive
+        result: T = known
+        return result
+
+
+def usable(backends: Sequence[str]) -> None:
+    """Raise ValueError for a name that is no attention implementation of Transformers or its plug-ins."""
+    known = ("eager", *AttentionInterface().keys())
+    for name in backends:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f", perhaps {near[0]!r}" if near else ""
+            raise ValueError(
+                f"there is no attention implementation {name!r}{hint}: register it first, or name eager or sdpa"
+            )
 
 
 def first_sentence(error: BaseException) -> str:
@@ -87,8 +129,10 @@ def float64_softmax() -> Iterator[None]:
     """Eager attention rounds its weights to float32 whatever the model's dtype; this lets float64 through."""
     plain = nn.functional.softmax
 
-    def softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
-        return plain(x, dim, _stacklevel, None if x.dtype == torch.float64 else dtype)
+    def softmax(
+        input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        return plain(input, dim, _stacklevel, None if input.dtype == torch.float64 else dtype)
 
     nn.functional.softmax = softmax
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 
 import torch
@@ -15,7 +16,7 @@ AGAINST = {"recurrent_gemma": "sdpa"}
 LENGTH = 24
 
 
-def tiny(family: str, *, against: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 1) -> Subject:
+def tiny(family: str, *, against: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0) -> Subject:
     """A random model of ``family`` and random text; raises ValueError for a family that is not in the table."""
     if family not in FAMILIES:
         near = difflib.get_close_matches(family, FAMILIES, 1)
@@ -25,11 +26,14 @@ def tiny(family: str, *, against: str | None = None, dtype: torch.dtype = torch.
             f"{', '.join(FAMILIES)}"
         )
     numbers = torch.Generator().manual_seed(seed)
+    model = build(family, dtype=dtype, seed=seed)
     return Subject(
         family,
-        model=build(family, dtype=dtype),
-        gold=build(family, dtype=torch.float64),
+        model=model,
+        gold=copy.deepcopy(model).to(torch.float64),
         against=against or AGAINST.get(family, "eager"),
         ids=torch.randint(3, 99, (2, LENGTH), generator=numbers),
         text=torch.randint(3, 99, (2 * LENGTH,), generator=numbers),
+        prompt=LENGTH // 2,
+        new=LENGTH,
     )

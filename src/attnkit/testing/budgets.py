@@ -46,6 +46,35 @@ GRADIENT = {
     torch.bfloat16: Gate(3, 2),
     torch.float16: Gate(3, 2),
 }
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Bounds on what a reader notices of a language model.
+
+    ``mean``, ``largest``: by how much the log-probability of a token may be off. ``perplexity``: by what share.
+    ``gap``: how far apart two logits may be, besides what rounding moves them, and still change places.
+    """
+
+    mean: float
+    largest: float
+    perplexity: float
+    gap: float = 0.0
+
+
+# What a swap of backends may change (property P31), and what a cache may that keeps less than the model computes.
+QUALITY = {
+    torch.float32: Quality(1e-4, 1e-4, 1e-3),
+    torch.bfloat16: Quality(0.01, 0.1, 1e-3),
+    torch.float16: Quality(0.01, 0.1, 1e-3),
+}
+STORED = {
+    "bf16": QUALITY[torch.bfloat16],
+    "fp16": QUALITY[torch.float16],
+    "int8": Quality(0.02, 0.2, 5e-3, 0.2),
+    "fp8": Quality(0.05, 0.5, 0.03, 0.5),
+    "int4": Quality(0.1, 1.0, 0.03, 1.0),
+}
 # A relative spread says nothing about a handful of elements that happen to cancel, nor a mean about a few hundred.
 SPREAD_FROM, DRIFT_FROM = 256, 4096
 

@@ -1,0 +1,152 @@
+"""Checks of what a reader of the output would notice: probabilities, perplexity, and the text that is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import exp
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkit.parity.caches import cache
+from attnkit.parity.record import Check, Finding, Lane, Verdict
+from attnkit.parity.subject import Subject
+from attnkit.testing.budgets import QUALITY, STORED, Quality, allowed
+
+PIECE = 64
+"""Tokens that are read at once where there is a cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """What a model thinks of a text: the log-probabilities ``(t, vocabulary)`` of every next token, and those asked."""
+
+    logprobs: Tensor
+    asked: Tensor
+
+    @staticmethod
+    def of(logits: Tensor, asked: Tensor) -> Said:
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return Said(torch.log_softmax(wide, -1).float(), asked)
+
+    @property
+    def chosen(self) -> Tensor:
+        """The log-probability of each token that really follows."""
+        return self.logprobs.gather(1, self.asked[:, None])[:, 0]
+
+    @property
+    def perplexity(self) -> float:
+        return exp(-self.chosen.double().mean().item())
+
+
+def said(model: Any, text: Tensor, cuts: Sequence[int] = (), name: str | None = None) -> Said:
+    """What ``model`` says of ``text`` ``(t,)``, read whole or, with a cache, in pieces that end at ``cuts``."""
+    options = {} if name is None else {"cache": cache(name, model.config, len(text) + 1)}
+    logits = []
+    with torch.no_grad():
+        for start, end in pairwise((0, *(cuts or (len(text),)))):
+            piece = text[None, start:end]
+            logits.append(model(piece, use_cache=name is not None, **options).logits[0])
+    return Said.of(torch.cat(logits)[:-1], text[1:])
+
+
+def compared(got: Said, gold: Said, bounds: Quality) -> Finding:
+    """Kullback-Leibler divergence, agreement on the likeliest token, and perplexity, each beside its bound."""
+    p, q = gold.logprobs.double(), got.logprobs.double()
+    divergence = (p.exp() * (p - q)).sum(-1).clamp_min(0)
+    off = (got.chosen.double() - gold.chosen.double()).abs()
+    top = p.gather(1, q.argmax(-1, keepdim=True))[:, 0]
+    missed = p.amax(-1) - top  # how much likelier the right token is than the one that was likeliest here
+    figures = {
+        "KL, mean": divergence.mean().item(),
+        "KL, largest": divergence.max().item(),
+        "top-1 agreement": (missed == 0).double().mean().item(),
+        "log-probability off, mean": off.mean().item(),
+        "log-probability off, largest": off.max().item(),
+        "perplexity": got.perplexity,
+        "perplexity expected": gold.perplexity,
+        "perplexity off": abs(got.perplexity / gold.perplexity - 1),
+    }
+    shares = {
+        "log-probabilities are off on average by": (figures["log-probability off, mean"], bounds.mean),
+        "a log-probability is off by": (figures["log-probability off, largest"], bounds.largest),
+        "another token is likeliest, which is less likely by": (missed.max().item(), 2 * bounds.largest),
+        "perplexity is off by a share of": (figures["perplexity off"], bounds.perplexity),
+    }
+    worst = max(shares, key=lambda name: shares[name][0] / shares[name][1])
+    found, bound = shares[worst]
+    wrong = not found <= bound
+    says = (
+        f"KL {figures['KL, mean']:.2g}, top-1 agreement {figures['top-1 agreement']:.2%}, perplexity "
+        f"{got.perplexity:.6g} for {gold.perplexity:.6g}"
+    )
+    if wrong:
+        says = f"{worst} {found:.3g}, allowed {bound:.3g}; {says}"
+    return Finding(Verdict.CHANGED if wrong else Verdict.ROUNDING, says, share=found / bound, figures=figures)
+
+
+def _bounds(subject: Subject, name: str | None) -> Quality:
+    return STORED.get(name or "", QUALITY[subject.dtype])
+
+
+def _text(subject: Subject, lane: Lane) -> Finding:
+    gold = subject.true("text", lambda model: said(model, subject.text))
+    got = subject.tried(lane.backend, "text", lambda model: said(model, subject.text))
+    return compared(got, gold, _bounds(subject, None))
+
+
+def _cached_text(subject: Subject, lane: Lane) -> Finding:
+    t, name = len(subject.text), lane.cache
+    cuts = [*range(PIECE, t, PIECE), t] if t > 2 * PIECE else [t // 3, 2 * t // 3, t]
+    gold = subject.true("cached text", lambda model: said(model, subject.text, cuts, "dynamic"))
+    got = subject.tried(lane.backend, f"cached text, {name}", lambda model: said(model, subject.text, cuts, name))
+    return compared(got, gold, _bounds(subject, name))
+
+
+def _greedy(subject: Subject, lane: Lane) -> Finding:
+    """The same text is written, or the first token that differs was a draw within the budget."""
+    prompt, name = subject.text[None, : subject.prompt], lane.cache
+    want = subject.plain("greedy", lambda model: written(model, prompt, subject.new, "dynamic"))
+    got = subject.tried(lane.backend, f"greedy, {name}", lambda model: written(model, prompt, subject.new, name))
+    differ = (got != want).nonzero()
+    if not len(differ):
+        return Finding(Verdict.SAME, f"the same {subject.new} tokens", figures={"tokens": subject.new})
+    place = int(differ[0])
+    context = torch.cat([prompt[0], want[:place]])[None]
+    gold, naive = (ask(f"greedy {place}", lambda model: _next(model, context)) for ask in (subject.true, subject.plain))
+    gap = abs(gold[want[place]].item() - gold[got[place]].item())
+    bound = 2 * allowed(gold.double(), naive, subject.dtype) + _bounds(subject, name).gap
+    draw = gap <= bound
+    says = (
+        f"token {place} is the first that differs: the logits of the two are {gap:.2g} apart, and rounding may move "
+        f"them by {bound:.2g}"
+    )
+    figures = {"first that differs": place, "gap": gap, "allowed": bound}
+    return Finding(Verdict.ROUNDING if draw else Verdict.CHANGED, says, share=gap / bound, figures=figures)
+
+
+def written(model: Any, prompt: Tensor, new: int, name: str | None) -> Tensor:
+    """The ``new`` tokens that follow ``prompt`` ``(1, t)`` when the likeliest is always taken."""
+    held, tokens = cache(name or "dynamic", model.config, prompt.shape[1] + new), []
+    with torch.no_grad():
+        logits = model(prompt, cache=held, use_cache=True).logits[:, -1]
+        for _ in range(new - 1):
+            tokens.append(logits.argmax(-1, keepdim=True))
+            logits = model(tokens[-1], cache=held, use_cache=True).logits[:, -1]
+    return torch.cat([*tokens, logits.argmax(-1, keepdim=True)], 1)[0]
+
+
+def _next(model: Any, context: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(context, use_cache=False).logits[0, -1].clone()
+    return logits
+
+
+CHECKS = (
+    Check("text", "KL, top-1 agreement and perplexity on text", _text),
+    Check("text through the cache", "the same on text read in pieces", _cached_text, cached=True),
+    Check("greedy", "the first token that differs when the likeliest is always taken", _greedy, cached=True),
+)
