@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from attnkit.state import KVState, RecurrentState, TokenState, View, WindowState
+from attnkit.state import KVState, LayeredState, RecurrentState, TokenState, View, WindowState
 
 BATCH, HEADS, KEY, VALUE = 2, 1, 1, 2
 
@@ -207,6 +207,45 @@ def test_cropping_what_was_just_appended_leaves_no_trace(kept: int) -> None:
             assert set(after.positions[ranks].tolist()) <= set(order.tolist())
         else:
             assert torch.equal(after.k, k) and torch.equal(after.v, v)
+
+
+def test_a_sum_goes_back_to_where_a_snapshot_was_taken() -> None:
+    """As if what came later had never been, in forks as well; elsewhere it says what to do."""
+    state = RecurrentState(2, {"sum": (3,)}, tails={"last": (2,)})
+
+    def feed(of: RecurrentState, count: int) -> None:
+        for name, x in of.view().items():
+            x += torch.arange(x.numel()).reshape(x.shape) + of.length + (name == "last")  # in place, like a kernel
+        of.advance(count)
+
+    feed(state, 3)
+    state.snapshot()
+    at_3 = {name: x.clone() for name, x in state.view().items()}
+    alone = state.nbytes // 2
+    feed(state, 2)
+    state.snapshot(keep=2)
+    feed(state, 4)
+    assert state.nbytes == 3 * alone
+    other = state.select(torch.tensor([1, 0]))
+    layered = LayeredState([state.fork()])
+    for length in (0, 4, 8, 10):
+        with pytest.raises(NotImplementedError, match=r"take a snapshot\(\) or fork before drafting"):
+            layered.crop(length)
+    layered.crop(5)
+    layered.snapshot()
+    assert layered.nbytes == 2 * alone, "one snapshot unless more are asked for"
+    state.crop(9)
+    state.crop(3)
+    state.check()
+    assert (state.length, state.nbytes) == (3, 2 * alone)
+    assert all(x.equal(at_3[name]) for name, x in state.view().items())
+    feed(state, 1)
+    state.crop(3)
+    assert all(x.equal(at_3[name]) for name, x in state.view().items())
+    other.crop(3)
+    assert all(x.equal(at_3[name].flip(0)) for name, x in other.view().items())
+    with pytest.raises(ValueError, match="keep is 0"):
+        state.snapshot(keep=0)
 
 
 def test_bytes_are_those_allocated() -> None:

@@ -8,6 +8,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from attnkit.state.recurrent import RecurrentState
+
 
 class State(Protocol):
     """What every decoding state can do, whatever it keeps; what goes in and comes out is between it and its layer."""
@@ -70,6 +72,12 @@ class LayeredState:
                 f"LayeredState: holds {self.length} of {self.capacity} tokens and got {tokens} more: make the state "
                 f"with a capacity of at least {self.length + tokens}"
             )
+
+    def snapshot(self) -> None:
+        """Let ``crop`` come back to here in layers that cannot go back by themselves, the recurrent ones."""
+        for layer in self.layers:
+            if isinstance(layer, RecurrentState):
+                layer.snapshot()
 
     def crop(self, length: int) -> None:
         """Forget all but the first ``length`` tokens in every layer; where one layer refuses, none has changed."""

@@ -1,4 +1,4 @@
-"""A state of fixed size that stands for all tokens so far: it cannot be cropped, and a fork is its snapshot."""
+"""A state of fixed size that stands for all tokens so far: it goes back only to where a snapshot was taken."""
 
 from __future__ import annotations
 
@@ -42,11 +42,12 @@ class RecurrentState:
             for name, shape in shapes.items()
         }
         self.length = 0
+        self._snapshots: dict[int, dict[str, Tensor]] = {}  # by length, shorter first
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
-        return sum(x.nbytes for x in self._tensors.values())
+        """Bytes allocated, snapshots included."""
+        return sum(x.nbytes for tensors in (self._tensors, *self._snapshots.values()) for x in tensors.values())
 
     def view(self) -> dict[str, Tensor]:
         """The tensors ``(b, ...)`` themselves, not copies: a kernel may update them in place."""
@@ -66,13 +67,27 @@ class RecurrentState:
                 held.copy_(x)
         self.length += tokens
 
+    def snapshot(self, keep: int = 1) -> None:
+        """Copy what the tokens so far are, for ``crop`` to come back to; the ``keep`` longest snapshots stay."""
+        if keep < 1:
+            raise ValueError(f"RecurrentState.snapshot: keep is {keep}, expected at least 1")
+        self._snapshots[self.length] = {name: x.clone() for name, x in self._tensors.items()}
+        for length in list(self._snapshots)[:-keep]:
+            del self._snapshots[length]
+
     def crop(self, length: int) -> None:
-        """Refused but for where it changes nothing: what tokens added up to cannot be taken apart."""
-        if length != self.length:
+        """Forget all but the first ``length`` tokens; refused but for now and where a snapshot was taken."""
+        if length == self.length:
+            return
+        if length not in self._snapshots:
             raise NotImplementedError(
                 f"RecurrentState.crop: cannot go back from {self.length} to {length} tokens, a sum does not know its "
-                f"parts: fork before drafting and go on from the fork"
+                f"parts: take a snapshot() or fork before drafting"
             )
+        for name, x in self._snapshots[length].items():
+            self._tensors[name].copy_(x)
+        self.length = length
+        self._snapshots = {at: tensors for at, tensors in self._snapshots.items() if at <= length}
 
     def fork(self) -> Self:
         """An independent copy."""
@@ -82,10 +97,14 @@ class RecurrentState:
         """A new state whose sequence ``i`` is a copy of sequence ``rows[i]`` (beam search, batch changes)."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other._tensors = {name: x.index_select(0, rows.to(x.device)) for name, x in self._tensors.items()}
+        other._tensors, *copies = (
+            {name: x.index_select(0, rows.to(x.device)) for name, x in tensors.items()}
+            for tensors in (self._tensors, *self._snapshots.values())
+        )
+        other._snapshots = dict(zip(self._snapshots, copies, strict=True))
         return other
 
     def check(self) -> None:
         """Raise ``AssertionError`` if the bookkeeping is broken."""
-        assert self.length >= 0
+        assert self.length >= 0 and all(length <= self.length for length in self._snapshots)
         assert len({x.shape[0] for x in self._tensors.values()}) == 1
