@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attnkit.mechanisms.softmax import SoftmaxAttention
 from attnkit.state import LayeredState
+from attnkit.state.policies import Policy
 
 Mixer = Callable[[int], nn.Module]
 """Makes the mixer of layer ``i``: a module with ``forward(x)``, ``step(x, state)`` and ``state(batch, capacity)``."""
@@ -105,9 +107,13 @@ class Decoder(nn.Module):
             x = block(x)
         return self._logits(x)
 
-    def state(self, batch: int, capacity: int) -> LayeredState:
-        """An empty state for ``batch`` sequences of up to ``capacity`` tokens: for each layer, what its mixer needs."""
-        return empty_state([block.mixer for block in self.layers], batch, capacity, like=self.embedding.weight)
+    def state(self, batch: int, capacity: int, *, policy: Policy | None = None) -> LayeredState:
+        """An empty state for ``batch`` sequences of up to ``capacity`` tokens: for each layer, what its mixer needs.
+
+        With a ``policy`` a layer of softmax attention attends to what that chooses, see ``attnkit.state.policies``.
+        """
+        mixers = [block.mixer for block in self.layers]
+        return empty_state(mixers, batch, capacity, like=self.embedding.weight, policy=policy)
 
     def step(self, tokens: Tensor, state: LayeredState) -> tuple[Tensor, LayeredState]:
         """Feed the next tokens ``(b, m)``; their logits ``(b, m, vocab)`` and the state after them."""
@@ -127,11 +133,13 @@ class Decoder(nn.Module):
         top_k: int | None = None,
         seed: int = 0,
         cache: bool = True,
+        policy: Policy | None = None,
     ) -> Tensor:
         """Continue ``tokens`` ``(b, n)`` by ``count`` tokens: ``(b, n + count)``.
 
         ``temperature`` 0 takes the likeliest token; otherwise tokens are drawn with ``seed``, among the ``top_k``
         likeliest when given. ``cache=False`` computes the whole sequence anew for every token, with the same result.
+        ``policy`` is that of ``state``.
         """
         if tokens.dim() != 2 or tokens.shape[1] < 1:
             raise ValueError(f"generate: tokens has shape {tuple(tokens.shape)}, expected (b, n) with at least 1 token")
@@ -139,12 +147,14 @@ class Decoder(nn.Module):
             raise ValueError(f"generate: count is {count}, expected at least 0")
         if temperature < 0:
             raise ValueError(f"generate: temperature is {temperature}, expected at least 0")
+        if policy is not None and not cache:
+            raise ValueError(f"generate: policy is {policy} and there is no cache, expected cache=True")
         if top_k is not None and top_k < 1:
             raise ValueError(f"generate: top_k is {top_k}, expected at least 1 or None")
         generator = torch.Generator().manual_seed(seed)
         was_training = self.training
         self.eval()
-        state = self.state(tokens.shape[0], tokens.shape[1] + count) if cache else None
+        state = self.state(tokens.shape[0], tokens.shape[1] + count, policy=policy) if cache else None
         fresh = tokens
         for _ in range(count):
             if state is None:
@@ -178,9 +188,18 @@ def mixer_of(mixer: Mixers, layer: int, layers: int) -> nn.Module:
     return mixer[layer % len(mixer)](layer)
 
 
-def empty_state(mixers: Sequence[Any], batch: int, capacity: int, *, like: Tensor) -> LayeredState:
-    """The empty states of ``mixers``, in the dtype and on the device of ``like``."""
-    return LayeredState([mixer.state(batch, capacity, dtype=like.dtype, device=like.device) for mixer in mixers])
+def empty_state(
+    mixers: Sequence[Any], batch: int, capacity: int, *, like: Tensor, policy: Policy | None = None
+) -> LayeredState:
+    """The empty states of ``mixers``, in the dtype and on the device of ``like``, ``policy`` where it applies."""
+    states = []
+    for layer, mixer in enumerate(mixers):
+        own = policy.for_layer(layer, len(mixers)) if policy is not None else None
+        if policy is not None and not isinstance(mixer, SoftmaxAttention):
+            raise NotImplementedError(f"layer {layer} is a {type(mixer).__name__}: policies are for SoftmaxAttention")
+        extra = {} if own is None else {"policy": own}
+        states.append(mixer.state(batch, capacity, dtype=like.dtype, device=like.device, **extra))
+    return LayeredState(states)
 
 
 def start_as_identity(feed: FeedForward, *mixers: nn.Module) -> None:

@@ -16,8 +16,9 @@ from attnkit.projected import check_rotary
 from attnkit.shapes import check_groups
 from attnkit.spec import Cost, Sizes
 from attnkit.state import KVState, PagedKVState, WindowState
+from attnkit.state.policies import Policy, PolicyState, StreamingLLM
 
-Cache = KVState | WindowState | PagedKVState
+Cache = KVState | WindowState | PagedKVState | PolicyState
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,21 @@ class SoftmaxAttention(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-    ) -> KVState | WindowState:
-        """An empty state for ``capacity`` tokens: a ring when the mask lets go of old keys, else the whole sequence."""
+        policy: Policy | None = None,
+    ) -> KVState | WindowState | PolicyState:
+        """An empty state for ``capacity`` tokens: a ring when the mask lets go of old keys, else the whole sequence.
+
+        ``policy`` says what to attend to of it instead, such as ``attnkit.state.policies.H2O(1024)``.
+        """
         c = self.config
         if c.mask is None:
             raise ValueError("a bidirectional layer cannot decode: give it a causal mask")
+        if policy is not None:
+            self._check_policy(policy)
+            made: PolicyState = policy.state(
+                batch, c.groups, capacity, c.key_size, c.values, dtype=dtype, device=device
+            )
+            return made
         reach = c.mask.reach()
         if reach is None or reach.window + reach.sinks >= capacity:
             return KVState(batch, c.groups, capacity, c.key_size, c.values, dtype=dtype, device=device)
@@ -157,6 +168,9 @@ class SoftmaxAttention(nn.Module):
             q, k = self._in_text(q, k, positions)
         if isinstance(state, PagedKVState) or (isinstance(state, KVState) and state.codec is not None):
             return self._attend_in_place(q, k, v, state, positions), state
+        if isinstance(state, PolicyState):
+            chosen, mask = state.append(k, v, q, scale=self.config.scale).for_queries(causal(), x.shape[1])
+            return self._attend(q, chosen.k, chosen.v, mask, None), state
         view, mask = state.append(k, v).for_queries(self.config.mask, x.shape[1])
         keys = torch.arange(view.length, device=x.device) if view.positions is None else view.positions
         k = view.k
@@ -193,6 +207,20 @@ class SoftmaxAttention(nn.Module):
         )
         y: Tensor = self.o(o.transpose(1, 2).flatten(2))
         return y
+
+    def _check_policy(self, policy: Policy) -> None:
+        """Raise for what a policy does not know: a key it kept is one of many, wherever it stands."""
+        c = self.config
+        if c.mask is None or c.mask.interval() != causal().interval():
+            raise NotImplementedError(f"the mask is {c.mask!r} and a policy chooses among all tokens: use causal()")
+        if given := [name for name in ("alibi", "t5", "softcap", "sink") if getattr(c, name)]:
+            raise NotImplementedError(
+                f"the layer has {' and '.join(given)}, which a policy does not take into account: use a whole state"
+            )
+        if self._streams:
+            raise NotImplementedError("positions are those of the cache: give the policy StreamingLLM rotary= instead")
+        if isinstance(policy, StreamingLLM) and policy.rotary not in (None, c.rotary):
+            raise ValueError(f"the policy turns keys by {policy.rotary} and the layer by {c.rotary}, expected the same")
 
     @property
     def _streams(self) -> bool:

@@ -17,20 +17,25 @@ from attnkit.state.policies.quest import Quest
 from attnkit.state.policies.snapkv import SnapKV
 from attnkit.state.policies.streaming import StreamingLLM
 from attnkit.state.policies.tova import TOVA
-from attnkit.state.policies.whole import GuidedState, PagewiseState
+from attnkit.state.policies.whole import ChosenView, GuidedState, PagewiseState
 from attnkit.state.policies.xattention import XAttention
+
+PolicyState = KeptState | GuidedState | PagewiseState
+"""What ``policy.state`` makes: ``append`` takes queries as well."""
 
 __all__ = [
     "H2O",
     "TOVA",
     "AShape",
     "BlockSparse",
+    "ChosenView",
     "Evicting",
     "GuidedState",
     "KeptState",
     "PagewiseState",
     "PerHead",
     "Policy",
+    "PolicyState",
     "Prefill",
     "PyramidKV",
     "Quest",

@@ -25,7 +25,7 @@ class KeptState:
     ----------
     policy: what to keep; ``policy.state(...)`` makes this state.
     batch, heads, key_size, value_size, dtype, device: as those of ``KVState``.
-    capacity: tokens a sequence may reach, if fewer than the budget.
+    capacity: tokens a sequence may reach; an append past it is refused. It costs nothing beyond the budget.
     limit: bytes that the state may take.
     """
 
@@ -53,7 +53,7 @@ class KeptState:
         streams = isinstance(policy, StreamingLLM) and policy.rotary is not None
         unturned = policy.sinks if isinstance(policy, StreamingLLM) and streams else 0
         checked_limit("KeptState", batch * heads * (slots * each + unturned * key_size * dtype.itemsize), limit)
-        self.policy, self.length, self._held, self._limit = policy, 0, 0, limit
+        self.policy, self.capacity, self.length, self._held, self._limit = policy, capacity, 0, 0, limit
         # The length at which tokens last left: what left is not there to go back to.
         self._settled = 0
         shape = (batch, heads, slots)
@@ -105,6 +105,11 @@ class KeptState:
         kept, old = self._kept, self._held
         m = check_new_tokens("KeptState.append", {"k": k, "v": v}, {"k": kept["k"], "v": kept["v"]})
         checked_queries("KeptState.append", q, k)
+        if self.length + m > self.capacity:
+            raise ValueError(
+                f"KeptState.append: has taken {self.length} of {self.capacity} tokens and got {m} more: make the state "
+                f"with a capacity of at least {self.length + m}"
+            )
         self._remember(q)
         n, slots = old + m, kept["k"].shape[2]
         positions = torch.arange(self.length, self.length + m, device=k.device).expand(*k.shape[:3])
