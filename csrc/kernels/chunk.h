@@ -45,12 +45,26 @@ struct Unit {
   int64_t beta(const attnkit_linear& c) const { return batch * c.beta_b + state * c.beta_s; }
 };
 
+// Where the queries of one head are that a chunk of tokens has: `skip` tokens of it come before the first query.
+struct Asked {
+  int64_t batch, head, skip, row, count;
+  Asked(const attnkit_linear& c, const Unit& unit, int64_t i, int64_t first, int64_t size)
+      : batch(unit.batch),
+        head(unit.state * (c.h / c.s) + i),
+        skip(clamp<int64_t>(c.n - c.m - first, 0, size)),
+        row(first + skip - (c.n - c.m)),
+        count(size - skip) {}
+  int64_t query(const attnkit_linear& c) const { return batch * c.q_b + head * c.q_h + row * c.q_m; }
+  int64_t place(const attnkit_linear& c) const { return (batch * c.h + head) * c.m + row; }  // in contiguous tensors
+};
+
 template <class T>
 struct Chunk {
   const attnkit_linear& c;
   const int64_t ld, le;  // row lengths of matrices with d and with e columns
   const bool channels, fades;
   int64_t first = 0, size = 0;  // tokens of the chunk
+  mutable Ahead ahead;
 
   float *k, *kt, *kw, *v, *x, *beta;                    // keys, transposed, faded to the end; values; scratch rows
   float *start, *end, *through, *table, *high, *low;    // of one decay a token; `through` is a number a channel
@@ -114,6 +128,22 @@ struct Chunk {
     return size == count;
   }
 
+  // Queries of one head as rows of the chunk, times the scale; rows of tokens before the first query are zeros.
+  void load_queries(const Asked& asked, float* to) const {
+    load_rows(static_cast<const T*>(nullptr), 0, 0, c.d, 1.0f, to, ld, asked.skip);
+    load_rows(static_cast<const T*>(c.q) + asked.query(c), c.q_m, asked.count, c.d, c.scale, to + asked.skip * ld, ld,
+              kChunk - asked.skip);
+  }
+
+  // What load_tokens() and load_queries() will be asked for next.
+  void expect_tokens(const Unit& unit, int64_t from, int64_t count) {
+    ahead.set(Ahead::kKeys, static_cast<const T*>(c.k) + unit.key(c) + from * c.k_n, c.k_n, c.d, count);
+    ahead.set(Ahead::kValues, static_cast<const T*>(c.v) + unit.value(c) + from * c.v_n, c.v_n, c.e, count);
+  }
+  void expect_queries(const Asked& asked) {
+    ahead.set(Ahead::kQueries, static_cast<const T*>(c.q) + asked.query(c), c.q_m, c.d, asked.count);
+  }
+
   // Products of rows (size, d) with the keys up to each row's own, or before it, times what is left of these there.
   // `rows` are faded from the start of their tiles where decays have channels. Numbers of hidden keys are zeros.
   void scores(const float* rows, bool own, float sign, float* out) const {
@@ -126,7 +156,7 @@ struct Chunk {
         tile_scores(rows, t, out);
       }
     } else {
-      multiply<Part::kColumnsUpTo>(size, size, c.d, rows_of(rows, ld), kt, kChunk, out, kChunk);
+      multiply<Part::kColumnsUpTo>(size, size, c.d, rows_of(rows, ld), kt, kChunk, out, kChunk, nullptr, &ahead);
     }
     hide(own, sign, out);
   }
@@ -157,7 +187,7 @@ struct Chunk {
       multiply_each(rows, from_start, kChunk * ld, x);
       rows = x;
     }
-    multiply(size, c.e, c.d, rows_of(rows, ld), state, le, out, le);
+    multiply(size, c.e, c.d, rows_of(rows, ld), state, le, out, le, nullptr, &ahead);
   }
   // Factors of what read() found.
   const float* fade() const { return start; }
@@ -199,7 +229,7 @@ struct Chunk {
 
   // The state after the chunk.
   void advance(const float* u, float* state) const {
-    multiply(c.d, c.e, size, columns_of(kw, ld), u, le, state, le, through);
+    multiply(c.d, c.e, size, columns_of(kw, ld), u, le, state, le, through, &ahead);
   }
 
   static constexpr float kOnes[kSolveRows] = {1, 1, 1, 1};

@@ -61,9 +61,14 @@ class Recurrent {
     load_state(c_, c_.state ? c_.state + unit.number * size : nullptr, w.state, chunk.ld, chunk.le);
     int64_t counted = c_.n;
     for (int64_t first = 0, number = 0; first < c_.n; first += kChunk, ++number) {
-      if (c_.states)
-        store_rows(w.state, chunk.le, c_.d, c_.e, c_.states + (unit.number * chunk_count(c_) + number) * size, c_.e);
+      if (c_.states) {
+        float* kept = c_.states + (unit.number * chunk_count(c_) + number) * size;
+        store_rows(w.state, chunk.le, c_.d, c_.e, kept, c_.e);
+        if (first + kChunk < c_.n) chunk.ahead.set(Ahead::kState, kept + size, c_.e, c_.e, c_.d);
+      }
       const bool all = chunk.load_tokens(unit, first, least(kChunk, c_.n - first));
+      const int64_t later = least(kChunk, c_.n - first - kChunk);
+      if (later > 0) chunk.expect_tokens(unit, first + kChunk, later);
       const float* u = chunk.v;
       if (c_.beta) {
         chunk.scores(chunk.k, false, -1.0f, w.system);
@@ -88,17 +93,26 @@ class Recurrent {
   // Results of the chunk for query head i of the state.
   void answer(Work& w, const Unit& unit, int64_t i, const float* u) const {
     Chunk<T>& chunk = w.chunk;
-    const int64_t head = unit.state * (c_.h / c_.s) + i, past = c_.n - c_.m;
-    const int64_t skip = most<int64_t>(past - chunk.first, 0), row = chunk.first + skip - past;
-    const T* q = static_cast<const T*>(c_.q) + unit.batch * c_.q_b + head * c_.q_h + row * c_.q_m;
-    load_rows(static_cast<const T*>(nullptr), 0, 0, c_.d, c_.scale, w.q, chunk.ld, skip);
-    load_rows(q, c_.q_m, chunk.size - skip, c_.d, c_.scale, w.q + skip * chunk.ld, chunk.ld, kChunk - skip);
+    const Asked asked(c_, unit, i, chunk.first, chunk.size);
+    T* o = static_cast<T*>(c_.o) + asked.place(c_) * c_.e;
+    chunk.load_queries(asked, w.q);
+    chunk.ahead.set(Ahead::kResults, o, c_.e, c_.e, asked.count);
+    expect_queries(chunk, unit, i);
     chunk.scores(w.q, true, 1.0f, w.scores);
     chunk.read(w.q, w.state, w.o);
     multiply<Part::kStepsUpTo>(chunk.size, c_.e, chunk.size, rows_of(w.scores, kChunk), u, chunk.le, w.o, chunk.le,
-                               chunk.fade());
-    T* o = static_cast<T*>(c_.o) + ((unit.batch * c_.h + head) * c_.m + row) * c_.e;
-    store_rows(w.o + skip * chunk.le, chunk.le, chunk.size - skip, c_.e, o, c_.e);
+                               chunk.fade(), &chunk.ahead);
+    store_rows(w.o + asked.skip * chunk.le, chunk.le, asked.count, c_.e, o, c_.e);
+  }
+
+  // Those after head i's are the next head's, or the first head's in the next chunk.
+  void expect_queries(Chunk<T>& chunk, const Unit& unit, int64_t i) const {
+    const int64_t later = chunk.first + kChunk;
+    if (i + 1 < c_.h / c_.s) {
+      chunk.expect_queries(Asked(c_, unit, i + 1, chunk.first, chunk.size));
+    } else if (later < c_.n) {
+      chunk.expect_queries(Asked(c_, unit, 0, later, least(kChunk, c_.n - later)));
+    }
   }
 
   // NaN from the first token on that is no step of a delta rule, and in the state.

@@ -83,9 +83,29 @@ class RecurrentBackward {
       const int64_t first = number * kChunk;
       load_state(c_, c_.states + (unit.number * chunk_count(c_) + number) * size, w.state, chunk.ld, chunk.le);
       chunk.load_tokens(unit, first, least(kChunk, counted - first));
+      expect(chunk, unit, first);
       step(w, unit);
     }
     store_rows(w.ds, chunk.le, c_.d, c_.e, c_.d_state + unit.number * size, c_.e);
+  }
+
+  // Fetches what the chunk before the one that starts at `first` begins with, and where this one's gradients go.
+  void expect(Chunk<T>& chunk, const Unit& unit, int64_t first) const {
+    const int64_t place = unit.number * c_.n + first, size = c_.d * c_.e;
+    chunk.ahead.set(Ahead::kKeySlopes, static_cast<T*>(c_.dk) + place * c_.d, c_.d, c_.d, chunk.size);
+    chunk.ahead.set(Ahead::kValueSlopes, static_cast<T*>(c_.dv) + place * c_.e, c_.e, c_.e, chunk.size);
+    if (first == 0) return;
+    const float* state = c_.states + (unit.number * chunk_count(c_) + first / kChunk - 1) * size;
+    chunk.expect_tokens(unit, first - kChunk, kChunk);
+    chunk.ahead.set(Ahead::kState, state, c_.e, c_.e, c_.d);
+  }
+  void expect_queries(Chunk<T>& chunk, const Unit& unit, int64_t i) const {
+    const bool same = i + 1 < c_.h / c_.s;
+    if (!same && chunk.first == 0) return;
+    const Asked next = same ? Asked(c_, unit, i + 1, chunk.first, chunk.size)
+                            : Asked(c_, unit, 0, chunk.first - kChunk, kChunk);
+    chunk.expect_queries(next);
+    chunk.ahead.set(Ahead::kSlopes, static_cast<const T*>(c_.d_o) + next.place(c_) * c_.e, c_.e, c_.e, next.count);
   }
 
   void step(Work& w, const Unit& unit) const {
@@ -107,8 +127,8 @@ class RecurrentBackward {
       w.kept[i] = chunk.through[i] * sum(both);
     }
     chunk.weigh_keys();
-    multiply(round_up(tokens, kSolveRows), c_.e, c_.d, rows_of(chunk.kw, ld), w.ds, le, w.du, le);
-    multiply(tokens, c_.d, c_.e, rows_of(u, le), w.ds_t, ld, w.d_far, ld);
+    multiply(round_up(tokens, kSolveRows), c_.e, c_.d, rows_of(chunk.kw, ld), w.ds, le, w.du, le, nullptr, &chunk.ahead);
+    multiply(tokens, c_.d, c_.e, rows_of(u, le), w.ds_t, ld, w.d_far, ld, nullptr, &chunk.ahead);
     fade(chunk, chunk.end, chunk.to_end, w.d_far);
     for (int64_t i = 0; i < kChunk * ld; i += kWidth) {
       store(w.dk_column + i, zero());
@@ -133,28 +153,31 @@ class RecurrentBackward {
   // What query head i of the state adds to the gradients.
   void query(Work& w, const Unit& unit, int64_t i) const {
     Chunk<T>& chunk = w.chunk;
-    const int64_t ld = chunk.ld, le = chunk.le, tokens = chunk.size, past = c_.n - c_.m;
-    const int64_t head = unit.state * (c_.h / c_.s) + i;
-    const int64_t skip = clamp<int64_t>(past - chunk.first, 0, tokens), row = chunk.first + skip - past;
-    const int64_t place = (unit.batch * c_.h + head) * c_.m + row;
-    const T* q = static_cast<const T*>(c_.q) + unit.batch * c_.q_b + head * c_.q_h + row * c_.q_m;
-    load_rows(q, c_.q_m, 0, c_.d, 1.0f, w.q, ld, skip);
-    load_rows(q, c_.q_m, tokens - skip, c_.d, c_.scale, w.q + skip * ld, ld, kChunk - skip);
-    const T* d_o = static_cast<const T*>(c_.d_o) + place * c_.e;
+    const int64_t ld = chunk.ld, le = chunk.le, tokens = chunk.size;
+    const Asked asked(c_, unit, i, chunk.first, tokens);
+    const int64_t skip = asked.skip;
+    chunk.load_queries(asked, w.q);
+    const T* d_o = static_cast<const T*>(c_.d_o) + asked.place(c_) * c_.e;
     load_rows(d_o, c_.e, 0, c_.e, 1.0f, w.d_o, le, skip);
-    load_rows(d_o, c_.e, tokens - skip, c_.e, 1.0f, w.d_o + skip * le, le, kChunk - skip);
+    load_rows(d_o, c_.e, asked.count, c_.e, 1.0f, w.d_o + skip * le, le, kChunk - skip);
+    T* dq = static_cast<T*>(c_.dq) + asked.place(c_) * c_.d;
+    chunk.ahead.set(Ahead::kResults, dq, c_.d, c_.d, asked.count);
+    expect_queries(chunk, unit, i);
 
     chunk.scores(w.q, true, 1.0f, w.scores);
-    multiply<Part::kStepsFrom>(tokens, c_.e, tokens, columns_of(w.scores, kChunk), w.d_o, le, w.du, le, w.ones);
-    multiply<Part::kColumnsUpTo>(tokens, tokens, c_.e, rows_of(w.d_o, le), w.ut, kChunk, w.d_scores, kChunk);
+    multiply<Part::kStepsFrom>(tokens, c_.e, tokens, columns_of(w.scores, kChunk), w.d_o, le, w.du, le, w.ones,
+                               &chunk.ahead);
+    multiply<Part::kColumnsUpTo>(tokens, tokens, c_.e, rows_of(w.d_o, le), w.ut, kChunk, w.d_scores, kChunk, nullptr,
+                                 &chunk.ahead);
     // A token's own key never fades. Left out of the sums for decays, it cannot drown what a gate that closes lets through.
     for (int64_t j = 0; j < tokens; ++j) w.own[j] = w.d_scores[j * kChunk + j];
     chunk.hide(false, 1.0f, w.d_scores);
-    multiply(tokens, c_.d, c_.e, rows_of(w.d_o, le), w.state_t, ld, w.d_rows, ld);
+    multiply(tokens, c_.d, c_.e, rows_of(w.d_o, le), w.state_t, ld, w.d_rows, ld, nullptr, &chunk.ahead);
     fade(chunk, chunk.start, chunk.from_start, w.d_rows);
     pairs(w, w.q, w.d_rows);
     faded_rows(chunk, w.q);
-    multiply(c_.d, c_.e, tokens, columns_of(chunk.x, ld), w.d_o, le, w.ds, le, i ? w.ones : chunk.through);
+    multiply(c_.d, c_.e, tokens, columns_of(chunk.x, ld), w.d_o, le, w.ds, le, i ? w.ones : chunk.through,
+             &chunk.ahead);
     if (c_.d_decay) add_products(w.q, w.d_rows, tokens * ld, w.here);
     if (skip == tokens) return;
     const Vec factor = splat(c_.scale);
@@ -165,7 +188,7 @@ class RecurrentBackward {
         store(w.dk_own + j, fma(own, load(w.q + j), load(w.dk_own + j)));
       }
     }
-    store_rows(w.d_rows + skip * ld, ld, tokens - skip, c_.d, static_cast<T*>(c_.dq) + place * c_.d, c_.d);
+    store_rows(w.d_rows + skip * ld, ld, asked.count, c_.d, dq, c_.d);
   }
 
   // Through the delta rule's system: from the gradient of u to those of v, beta, the keys and the state.
