@@ -6,6 +6,8 @@
 
 #include <initializer_list>
 
+#include "../abi.h"
+
 namespace attnkit {
 
 // More threads than this are somebody's mistake, and starting them ends the process on many systems.
@@ -38,6 +40,10 @@ inline bool threads_in_range(int64_t threads) { return threads >= 1 && threads <
 
 // Whether scratch memory starts where every kernel may put every type: at a whole cache line.
 inline bool aligned(const void* scratch) { return reinterpret_cast<uintptr_t>(scratch) % 64 == 0; }
+
+// Of a softmax call, which other families have as well: a status, and whether its block list is in order. In softmax.cpp.
+int32_t check_softmax(const attnkit_softmax& call);
+bool list_is_good(const attnkit_softmax& call);
 
 }  // namespace attnkit
 

@@ -20,6 +20,8 @@ bool sizes_are_good(const attnkit_softmax& s) {
   return s.q && s.o && (s.n == 0 || (s.k && s.v));
 }
 
+}  // namespace
+
 // A list is walked once for every block of 48 x 64 products it names: to check it costs nothing beside that.
 bool list_is_good(const attnkit_softmax& s) {
   if ((s.mask_batches != 1 && s.mask_batches != s.b) || (s.mask_heads != 1 && s.mask_heads != s.h)) return false;
@@ -38,7 +40,7 @@ bool list_is_good(const attnkit_softmax& s) {
   return true;
 }
 
-int32_t check(const attnkit_softmax& s) {
+int32_t check_softmax(const attnkit_softmax& s) {
   if (s.dtype < ATTNKIT_FLOAT32 || s.dtype > ATTNKIT_FLOAT16) return ATTNKIT_BAD_DTYPE;
   if (s.kernel != ATTNKIT_PREFILL && s.kernel != ATTNKIT_DECODE) return ATTNKIT_BAD_KERNEL;
   if (!sizes_are_good(s)) return ATTNKIT_BAD_SIZE;
@@ -48,9 +50,11 @@ int32_t check(const attnkit_softmax& s) {
   return ATTNKIT_OK;
 }
 
+namespace {
+
 // Gradients of what a call does not have cannot be asked for.
 int32_t check(const attnkit_softmax& s, const attnkit_softmax_gradients& g) {
-  const int32_t status = check(s);
+  const int32_t status = check_softmax(s);
   if (status != ATTNKIT_OK) return status;
   const bool rows = s.b > 0 && s.m > 0;
   if (rows && (!s.o || !s.lse || !g.d_o)) return ATTNKIT_BAD_SIZE;
@@ -62,7 +66,7 @@ bool nothing_to_do(const attnkit_softmax& s) { return s.b == 0 || s.m == 0; }
 
 // Minus a status code if the call is refused. The level is an argument: another thread may choose one between two looks.
 int64_t scratch_bytes(const Level& at, const attnkit_softmax& s) {
-  const int32_t status = check(s);
+  const int32_t status = check_softmax(s);
   if (status != ATTNKIT_OK) return -status;
   return nothing_to_do(s) ? 0 : at.softmax.scratch_bytes(s);
 }

@@ -85,6 +85,35 @@ int32_t check(const attnkit_indexer& s) {
   return ATTNKIT_OK;
 }
 
+int32_t check(const attnkit_gates& s) {
+  if (s.dtype < ATTNKIT_FLOAT32 || s.dtype > ATTNKIT_FLOAT16) return ATTNKIT_BAD_DTYPE;
+  if (s.g < 1 || s.h < 1 || s.h % s.g != 0 || s.m > s.n || s.n >= kLargest || s.c < 0 || s.c >= kLargest || s.d < 1 ||
+      s.s < 0 || s.s >= kLargest || s.block < 1 || s.block >= kLargest || !threads_in_range(s.threads))
+    return ATTNKIT_BAD_SIZE;
+  if (!in_range({{s.b, s.q_b}, {s.h, s.q_h}, {s.m, s.q_m}, {s.d, 1}}) ||
+      !in_range({{s.b, 0}, {s.g, 0}, {s.c, 0}, {s.d, 1}}) || !in_range({{s.b, 0}, {s.h, 0}, {s.m, 0}, {s.s, 1}}))
+    return ATTNKIT_BAD_SIZE;
+  if (s.b > 0 && s.m > 0 && s.s > 0 && !(s.q && (s.means || s.c == 0) && s.chosen)) return ATTNKIT_BAD_SIZE;
+  return ATTNKIT_OK;
+}
+
+int32_t check(const attnkit_softmax& s, const attnkit_topk& kept) {
+  const int32_t status = check_softmax(s);
+  if (status != ATTNKIT_OK) return status;
+  if (s.bias || s.alibi || s.sink || s.lse || s.softcap != 0.0f || s.n >= kLargest) return ATTNKIT_BAD_SIZE;
+  // Every one of 48 rows has scratch memory for twice as many keys as it keeps.
+  if (kept.most < 0 || kept.most > s.n || !kept.kept) return ATTNKIT_BAD_SIZE;
+  return ATTNKIT_OK;
+}
+
+bool kept_are_good(const attnkit_softmax& s, const attnkit_topk& kept) {
+  for (int64_t seen = 0; seen <= s.n; ++seen)
+    if (kept.kept[seen] < 0 || kept.kept[seen] > kept.most) return false;
+  return true;
+}
+
+bool nothing_to_do(const attnkit_softmax& s) { return s.b == 0 || s.m == 0; }
+bool nothing_to_do(const attnkit_gates& s) { return s.b == 0 || s.m == 0 || s.s == 0; }
 bool nothing_to_do(const attnkit_indexer& s) { return s.b == 0 || s.m == 0; }
 bool nothing_to_do(const attnkit_coarse& s) { return s.b == 0 || s.m == 0; }
 bool nothing_to_do(const attnkit_selected& s) { return s.b == 0 || s.m == 0; }
@@ -149,6 +178,20 @@ int32_t attnkit_coarse_forward(const attnkit_coarse* call, void* scratch, int64_
   return ATTNKIT_OK;
 }
 
+int64_t attnkit_gates_forward_scratch_bytes(const attnkit_gates* call) {
+  const int32_t status = check(*call);
+  if (status != ATTNKIT_OK) return -status;
+  return nothing_to_do(*call) ? 0 : level().sparse.gates_scratch_bytes(*call);
+}
+
+int32_t attnkit_gates_forward(const attnkit_gates* call, void* scratch, int64_t scratch_bytes) {
+  const int64_t needed = attnkit_gates_forward_scratch_bytes(call);
+  if (needed < 0) return static_cast<int32_t>(-needed);
+  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
+  if (!nothing_to_do(*call)) level().sparse.gates(*call, static_cast<char*>(scratch));
+  return ATTNKIT_OK;
+}
+
 int64_t attnkit_indexer_forward_scratch_bytes(const attnkit_indexer* call) {
   const int32_t status = check(*call);
   if (status != ATTNKIT_OK) return -status;
@@ -160,5 +203,23 @@ int32_t attnkit_indexer_forward(const attnkit_indexer* call, void* scratch, int6
   if (needed < 0) return static_cast<int32_t>(-needed);
   if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
   if (!nothing_to_do(*call)) level().sparse.indexer(*call, static_cast<char*>(scratch));
+  return ATTNKIT_OK;
+}
+
+int64_t attnkit_topk_forward_scratch_bytes(const attnkit_softmax* call, const attnkit_topk* kept) {
+  const int32_t status = check(*call, *kept);
+  if (status != ATTNKIT_OK) return -status;
+  return nothing_to_do(*call) ? 0 : level().sparse.topk_scratch_bytes(*call, *kept);
+}
+
+int32_t attnkit_topk_forward(const attnkit_softmax* call, const attnkit_topk* kept, void* scratch,
+                             int64_t scratch_bytes) {
+  const int64_t needed = attnkit_topk_forward_scratch_bytes(call, kept);
+  if (needed < 0) return static_cast<int32_t>(-needed);
+  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
+  if (nothing_to_do(*call)) return ATTNKIT_OK;
+  if (call->offsets && !list_is_good(*call)) return ATTNKIT_BAD_MASK;
+  if (!kept_are_good(*call, *kept)) return ATTNKIT_BAD_SIZE;
+  level().sparse.topk(*call, *kept, static_cast<char*>(scratch));
   return ATTNKIT_OK;
 }

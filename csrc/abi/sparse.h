@@ -89,6 +89,22 @@ typedef struct attnkit_coarse {
   float scale; /* above 0 */
 } attnkit_coarse;
 
+/* MoBA's choice: for each query the complete blocks before its own whose mean keys have the largest products with it, of
+ * equals the earlier. Query i sits at position n - m + i. */
+typedef struct attnkit_gates {
+  const void* q;      /* (b, h, m, d) */
+  const float* means; /* (b, g, c, d) contiguous: mean key of each complete block */
+  int32_t* chosen;    /* (b, h, m, s) contiguous: blocks in ascending order, -1 in places left over */
+  int64_t b, h, g, m, n, c, d, s;
+  int64_t q_b, q_h, q_m;
+  int64_t block; /* keys of a block */
+  int64_t threads;
+  int32_t dtype; /* of q */
+} attnkit_gates;
+
+ATTNKIT_EXPORT int64_t attnkit_gates_forward_scratch_bytes(const attnkit_gates* call);
+ATTNKIT_EXPORT int32_t attnkit_gates_forward(const attnkit_gates* call, void* scratch, int64_t scratch_bytes);
+
 /* DSA's choice: for each query the `top` keys up to its own position of the largest sum_j w_j relu(q_j . k), of equals
  * those of the lower index. Query i sits at position n - m + i, index head j reads index key j / (h / g). */
 typedef struct attnkit_indexer {
@@ -106,6 +122,17 @@ typedef struct attnkit_indexer {
 
 ATTNKIT_EXPORT int64_t attnkit_indexer_forward_scratch_bytes(const attnkit_indexer* call);
 ATTNKIT_EXPORT int32_t attnkit_indexer_forward(const attnkit_indexer* call, void* scratch, int64_t scratch_bytes);
+
+/* Softmax attention of each query to the best of the keys that it may see: of equal scores, those of the lower index. Of
+ * the call beside it, o is written, and lse, bias, alibi, sink, softcap and kernel are not read. */
+typedef struct attnkit_topk {
+  const int32_t* kept; /* (n + 1,): how many keys a query keeps of so many that it sees, 0 to most */
+  int64_t most;
+} attnkit_topk;
+
+ATTNKIT_EXPORT int64_t attnkit_topk_forward_scratch_bytes(const attnkit_softmax* call, const attnkit_topk* kept);
+ATTNKIT_EXPORT int32_t attnkit_topk_forward(const attnkit_softmax* call, const attnkit_topk* kept, void* scratch,
+                                            int64_t scratch_bytes);
 
 ATTNKIT_EXPORT int64_t attnkit_coarse_forward_scratch_bytes(const attnkit_coarse* call);
 ATTNKIT_EXPORT int32_t attnkit_coarse_forward(const attnkit_coarse* call, void* scratch, int64_t scratch_bytes);

@@ -21,14 +21,17 @@ class Best {
 
   // Scores of one block of keys that starts at `key`, as far as their bit is set.
   void add(const float* scores, int64_t key, uint64_t visible) {
-    for (int64_t c = 0; c < kBlockKeys; c += kWidth) {
-      uint64_t some = visible >> c & (~uint64_t{0} >> (64 - kWidth));
-      if (!open_) some &= bits_unequal(max(splat(limit_), load(scores + c)), limit_);  // above the limit, or a NaN
-      for (; some != 0; some &= some - 1) {
-        const int64_t at = c + __builtin_ctzll(some);
-        ranks_[count_] = rank(scores[at]);
-        keys_[count_++] = static_cast<int32_t>(key + at);
-      }
+    uint64_t some = visible;
+    if (!open_) {
+      uint64_t above = 0;  // the limit, or a NaN
+      for (int64_t c = 0; c < kBlockKeys; c += kWidth)
+        above |= uint64_t{bits_unequal(max(splat(limit_), load(scores + c)), limit_)} << c;
+      some &= above;
+    }
+    for (; some != 0; some &= some - 1) {
+      const int64_t at = __builtin_ctzll(some);
+      ranks_[count_] = rank(scores[at]);
+      keys_[count_++] = static_cast<int32_t>(key + at);
     }
     if (count_ > 2 * most_) keep(most_);
   }
@@ -54,6 +57,12 @@ class Best {
     limit_ = score_of(least);
     open_ = false;
     return count_;
+  }
+
+  // Leaves the best as a list of `count`, -1 in places left over.
+  void write(int32_t* list, int64_t count) {
+    const int64_t found = keep(count);
+    for (int64_t i = 0; i < count; ++i) list[i] = i < found ? keys_[i] : -1;
   }
 
   int32_t key(int64_t i) const { return keys_[i]; }

@@ -85,6 +85,23 @@ ATTNKIT_NOINLINE void add_product(const typename Math::Element* a, int64_t lda, 
     for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kWidth, acc[i][j]);
 }
 
+// c = factor * a * b
+template <class Math, int kVectors>
+ATTNKIT_NOINLINE void product(const typename Math::Element* a, int64_t lda, const typename Math::Element* b,
+                              int64_t steps, float factor, float* c, int64_t ldc) {
+  Vec acc[kRows][kVectors];
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) acc[i][j] = zero();
+  multiply_strip<Math, kVectors>(a, lda, b, kStrip, steps, acc);
+  const Vec by = splat(factor);
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kWidth, acc[i][j] * by);
+}
+
 // c = a * b, and the running maxima of its rows: the adders that find them are idle while products are formed.
 template <class Math, int kVectors>
 ATTNKIT_NOINLINE void product_and_peaks(const typename Math::Element* a, int64_t lda, const typename Math::Element* b,

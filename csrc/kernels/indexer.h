@@ -119,11 +119,7 @@ class Indexer {
         for (int64_t i = begin; i < end; ++i)
           w.best[i].add(w.scores + (i - begin) * kBlockKeys, key, bit_range(0, position(first + i) + 1 - key));
       }
-    for (int64_t i = 0; i < count; ++i) {
-      int32_t* chosen = s_.chosen + (batch * s_.m + first + i) * s_.top;
-      const int64_t found = w.best[i].keep(most_);
-      for (int64_t j = 0; j < s_.top; ++j) chosen[j] = j < found ? w.best[i].key(j) : -1;
-    }
+    for (int64_t i = 0; i < count; ++i) w.best[i].write(s_.chosen + (batch * s_.m + first + i) * s_.top, s_.top);
   }
 
   int64_t position(int64_t query) const { return s_.n - s_.m + query; }

@@ -18,6 +18,8 @@ constexpr int64_t kTileKeys = 96;  // a multiple of every number of keys in a re
 constexpr int64_t kTaskRows = 128;
 constexpr int64_t kRangeKeys = 8 * kTileKeys;
 constexpr int64_t kMostRanges = 32;
+// Lists are cut into ranges of their own: one for the 2,048 keys of DeepSeek's models, whose sums are then stored once.
+constexpr int64_t kListKeys = 22 * kTileKeys;
 constexpr int kAccumulators = kWidth == 16 ? 24 : 12;
 constexpr int kSumRows = kWidth == 16 ? 8 : 4;
 constexpr int kSumVectors = 3;
@@ -128,7 +130,7 @@ class Latent {
         columns_(round_up(call.c, kNumbers * kWidth)),
         task_rows_(least(kTaskRows, vectors_ * kWidth)),
         row_blocks_(ceil_div(rows_, kTaskRows)),
-        range_keys_(most(kRangeKeys, round_up(ceil_div(call.n, kMostRanges), kTileKeys))),
+        range_keys_(most(call.places ? kListKeys : kRangeKeys, round_up(ceil_div(call.n, kMostRanges), kTileKeys))),
         keys_{visible(0).begin, visible(call.m - 1).end},
         first_range_(keys_.begin / range_keys_),
         ranges_(keys_.empty() ? 0 : ceil_div(keys_.end, range_keys_) - first_range_),
@@ -296,6 +298,7 @@ class Latent {
   // if the tile is full.
   struct Tile {
     int64_t key, count;
+    int64_t ahead;            // keys of the next tile
     const T* stored;          // the first one's latent, or that of place 0
     const int32_t* places;    // of its keys, or null
     const Element* keys;
@@ -319,15 +322,15 @@ class Latent {
     // Pairs of keys stay together whatever part of the keys is seen.
     for (int64_t key = most(keys_.begin / 2 * 2, start); key < end;) {
       const int64_t next = least(end, (key / kTileKeys + 1) * kTileKeys);
-      Tile tile = {key, next - key, latents, nullptr, nullptr, 0};
+      Tile tile = {key, next - key, 0, latents, nullptr, nullptr, 0};
       if (places) {
         tile.places = places + key;
       } else {
         tile.stored += key * s_.latent_n;
       }
       place(w, tile);
-      const int64_t ahead = places ? 0 : least(kTileKeys, s_.n - next);
-      score(w, queries, tile, padded, places ? latents : latents + next * s_.latent_n, ahead);
+      tile.ahead = least(kTileKeys, (places ? end : s_.n) - next);
+      score(w, queries, tile, padded);
       const bool hidden = hide(w, tile, first_row, padded);
       raise_tops(w, padded);
       weigh(w, tile.count, padded);
@@ -373,20 +376,25 @@ class Latent {
       return load_some(from, left);
   }
 
-  // Fetches `ahead` rows from `next` on into the second cache while it works.
-  void score(const Work& w, const Element* queries, const Tile& tile, int64_t padded, const T* next, int64_t ahead) const {
+  // Fetches the next tile into the second cache while it works.
+  void score(const Work& w, const Element* queries, const Tile& tile, int64_t padded) const {
+    const T* next = tile.places ? tile.stored : tile.stored + tile.count * s_.latent_n;
     for (int64_t j = 0; j < padded; j += kWidth) store(w.peaks + j, splat(-kInfinity));
     for (int64_t row = 0; row < padded; row += kStrip) {
       with_vectors(least<int64_t>(kStripVectors, (padded - row) / kWidth), [&](auto vectors) {
         constexpr int kKeys = kAccumulators / vectors.count;
         for (int64_t k = 0; k < tile.count; k += kKeys) {
           // What the first queries of the tile fetch is there for the next tile; others fetch nothing new.
-          const bool fetches = row == 0 && k < ahead;
+          const bool fetches = row == 0 && k < tile.ahead;
+          if (fetches && tile.places)
+            for (int64_t i = k; i < least(k + kKeys, tile.ahead); ++i)
+              prefetch_row(next + tile.places[tile.count + i] * s_.latent_n, key_size_);
+          const bool follows = fetches && !tile.places;
           score_keys<Math, vectors.count>(tile.keys + k * tile.stride, tile.stride, queries + row * steps_,
                                           steps_ * kWidth, steps_, s_.scale * kLog2E, w.scores + k * task_rows_ + row,
                                           task_rows_, w.peaks + row,
-                                          reinterpret_cast<const char*>(fetches ? next + k * s_.latent_n : tile.stored),
-                                          fetches ? kKeys * s_.latent_n * static_cast<int64_t>(sizeof(T)) / steps_ : 0);
+                                          reinterpret_cast<const char*>(follows ? next + k * s_.latent_n : tile.stored),
+                                          follows ? kKeys * s_.latent_n * static_cast<int64_t>(sizeof(T)) / steps_ : 0);
         }
       });
     }

@@ -36,6 +36,10 @@ struct SparseKernels {
   void (*coarse)(const attnkit_coarse&, char* scratch);
   int64_t (*indexer_scratch_bytes)(const attnkit_indexer&);
   void (*indexer)(const attnkit_indexer&, char* scratch);
+  int64_t (*gates_scratch_bytes)(const attnkit_gates&);
+  void (*gates)(const attnkit_gates&, char* scratch);
+  int64_t (*topk_scratch_bytes)(const attnkit_softmax&, const attnkit_topk&);
+  void (*topk)(const attnkit_softmax&, const attnkit_topk&, char* scratch);
 };
 
 struct LatentKernels {

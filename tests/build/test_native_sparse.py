@@ -14,6 +14,7 @@ from attnkit.mechanisms.dsa import cpu as dsa
 from attnkit.mechanisms.dsa import dsa_attention
 from attnkit.mechanisms.moba import moba_attention, selected_attention
 from attnkit.mechanisms.nsa import nsa_attention
+from attnkit.mechanisms.topk import topk_attention
 from attnkit.registry import get
 from attnkit.testing.budgets import assert_within
 
@@ -32,7 +33,7 @@ def threads() -> Any:
 
 
 @pytest.mark.parametrize("level", native.STATUS.levels)
-@pytest.mark.parametrize("name", ["moba", "nsa", "dsa"])
+@pytest.mark.parametrize("name", ["moba", "nsa", "dsa", "topk"])
 def test_levels_agree_with_the_reference(level: str, name: str) -> None:
     spec = get(name)
     for seed in range(4):
@@ -79,6 +80,7 @@ def runs(dtype: torch.dtype, batch: slice) -> dict[str, Callable[[], torch.Tenso
         "dsa": lambda: dsa_attention(
             q[:, :, :300, :48], latent, kv_b, index_q, index_k, index_w, top=120, backend="cpu"
         ),
+        "topk": lambda: topk_attention(q, k, v, density=0.1, mask=attnkit.window(400), backend="cpu"),
         "moba": lambda: moba_attention(q, k, v, block=64, top=4, backend="cpu"),
         "nsa": lambda: nsa_attention(q, k, v, compressed, compressed, k, v, gates, **sizes, backend="cpu"),
     }
@@ -86,7 +88,7 @@ def runs(dtype: torch.dtype, batch: slice) -> dict[str, Callable[[], torch.Tenso
 
 @pytest.mark.parametrize("level", native.STATUS.levels)
 @pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["moba", "nsa", "dsa"])
+@pytest.mark.parametrize("name", ["moba", "nsa", "dsa", "topk"])
 def test_bits_depend_on_neither_threads_nor_batch(level: str, dtype: torch.dtype, name: str, threads: Any) -> None:
     with native.use_level(level):
         threads(1)
@@ -129,6 +131,34 @@ def test_the_indexer_chooses_as_a_stable_sort(level: str, dtype: torch.dtype, m:
     with native.use_level(level):
         found = dsa.choose(index_q, index_k, index_w, n, top).long()
     assert torch.equal(found, by_sorting(torch.nn.functional.pad(scores, (0, top), value=-torch.inf), top))
+
+
+@pytest.mark.parametrize("level", native.STATUS.levels)
+@pytest.mark.parametrize("few", [{"top": 1}, {"top": 70}, {"density": 0.3}])
+@pytest.mark.parametrize("shown", [attnkit.causal(), attnkit.causal() & ~attnkit.window(90), None], ids=str)
+def test_ties_are_settled_as_by_a_stable_sort(level: str, few: dict[str, Any], shown: attnkit.Mask | None) -> None:
+    """Whole numbers again, most scores being one of a few; values are sharp enough to tell who was kept."""
+    q, k, v = numbers(1, 2, 300, 3).round(), numbers(1, 1, 300, 3, seed=1).round(), numbers(1, 1, 300, 70, seed=2)
+    with native.use_level(level):
+        found = topk_attention(q, k, v, **few, mask=shown, backend="cpu")
+    gold = topk_attention(q.double(), k.double(), v.double(), **few, mask=shown, backend="reference")
+    naive = topk_attention(q, k, v, **few, mask=shown, backend="reference")
+    assert_within(found, gold, naive, torch.float32)
+
+
+@pytest.mark.parametrize("level", native.STATUS.levels)
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_a_hidden_key_and_a_value_that_is_not_kept_do_not_leak(level: str, odd: float) -> None:
+    q, k, v = (numbers(1, 2, 100, 20, seed=seed) for seed in range(3))
+    q[..., 0], k[:, :, 7] = 1.0, 0.0
+    k[:, :, 7, 0] = -1e3  # nobody's best
+    with native.use_level(level):
+        clean = topk_attention(q, k, v, top=5, mask=attnkit.causal(), backend="cpu")
+        v[:, :, 7], k[:, :, 60] = odd, odd
+        dirty = topk_attention(q, k, v, top=5, mask=attnkit.causal(), backend="cpu")
+        all_kept = topk_attention(q, k, v, top=20, mask=attnkit.causal(), backend="cpu")
+    assert torch.equal(clean[:, :, 12:60], dirty[:, :, 12:60])
+    assert not all_kept[:, :, 7].isfinite().any(), "who keeps it is not spared"
 
 
 @pytest.mark.parametrize("level", native.STATUS.levels)

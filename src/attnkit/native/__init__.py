@@ -117,7 +117,9 @@ pack_linear = _packer(linear.FIELDS)
 pack_latent = _packer(latent.FIELDS)
 pack_softmax_gradients = _packer(SOFTMAX_GRADIENT_FIELDS)
 pack_cache = _packer(cache.FIELDS)
-pack_mask_node, pack_block_list, pack_selected, pack_coarse, pack_indexer = map(_packer, sparse.STRUCTS.values())
+pack_mask_node, pack_block_list, pack_selected, pack_coarse, pack_indexer, pack_gates, pack_topk = map(
+    _packer, sparse.STRUCTS.values()
+)
 
 
 @dataclass(frozen=True)

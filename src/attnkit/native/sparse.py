@@ -38,12 +38,31 @@ STRUCTS: dict[str, tuple[tuple[str, type], ...]] = {
         *((name, c_int64) for name in ("q_b", "q_h", "q_m", "k_b", "k_g", "k_n", "w_b", "w_h", "w_m", "threads")),
         ("dtype", c_int32),
     ),
+    "gates": (
+        *((name, c_void_p) for name in ("q", "means", "chosen")),
+        *(
+            (name, c_int64)
+            for name in ("b", "h", "g", "m", "n", "c", "d", "s", "q_b", "q_h", "q_m", "block", "threads")
+        ),
+        ("dtype", c_int32),
+    ),
+    "topk": (("kept", c_void_p), ("most", c_int64)),
 }
 
 FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {}
-for _name in ("block_bounds", "block_list_fill", "selected_forward", "coarse_forward", "indexer_forward"):
+for _name in (
+    "block_bounds",
+    "block_list_fill",
+    "selected_forward",
+    "coarse_forward",
+    "indexer_forward",
+    "gates_forward",
+):
     FUNCTIONS[f"attnkit_{_name}_scratch_bytes"] = c_int64, (c_char_p,)
     FUNCTIONS[f"attnkit_{_name}"] = c_int32, (c_char_p, c_void_p, c_int64)
+
+FUNCTIONS["attnkit_topk_forward_scratch_bytes"] = c_int64, (c_char_p, c_char_p)
+FUNCTIONS["attnkit_topk_forward"] = c_int32, (c_char_p, c_char_p, c_void_p, c_int64)
 
 # What a node of a mask means: ATTNKIT_MASK_*.
 (AND, OR, NOT, INTERVAL, DILATED, STRIDED, FIXED, CHUNKED, PREFIX, GLOBAL, DOCUMENTS, PADDING, BLOCK_SPARSE) = range(13)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from attnkit import native
 from attnkit.masks import causal
-from attnkit.mechanisms.moba.gates import best_blocks, block_means
+from attnkit.mechanisms.moba.gates import block_means
 from attnkit.mechanisms.softmax import softmax_attention
 from attnkit.spec import Call
 
@@ -42,11 +42,28 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[str, ...]:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, block: int, top: int, scale: float) -> Tensor:
-    m, n = q.shape[2], k.shape[2]
+    n = k.shape[2]
     if block * top >= n:
         o: Tensor = softmax_attention(q, k, v, mask=causal(), scale=scale)
         return o
-    return attend(q, k, v, best_blocks(q, block_means(k, block), n - m, block, top), block, scale)
+    return attend(q, k, v, _best_blocks(q, block_means(k, block), n, block, top), block, scale)
+
+
+def _best_blocks(q: Tensor, means: Tensor, n: int, block: int, top: int) -> Tensor:
+    """As ``gates.best_blocks``, int32 and ascending: queries are the last of ``n`` positions."""
+    q, means = q if q.stride(3) == 1 else q.contiguous(), means.contiguous()
+    (b, h, m, d), (g, c) = q.shape, means.shape[1:3]
+    chosen = torch.empty(b, h, m, top - 1, dtype=torch.int32)
+    native.run(
+        "gates_forward",
+        native.pack_gates(
+            *(x.data_ptr() for x in (q, means, chosen)),
+            *(b, h, g, m, n, c, d, top - 1),
+            *q.stride()[:3],
+            *(block, torch.get_num_threads(), native.DTYPES[q.dtype]),
+        ),
+    )
+    return chosen
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block: int, scale: float, causal: bool = True) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from attnkit import shapes
 from attnkit.dispatch import run
 from attnkit.masks import Mask, causal, checked
-from attnkit.mechanisms.topk import chunk
+from attnkit.mechanisms.topk import chunk, cpu
 from attnkit.mechanisms.topk.counts import check, most
 from attnkit.mechanisms.topk.reference import forward as reference
 from attnkit.spec import Backend, Cost, Laws, LayerPlace, Mechanism, Preset, Sizes
@@ -46,7 +46,7 @@ def topk_attention(
         a key is a whole key.
     mask: what may be seen, as in ``softmax_attention``; a row that may see no key gives 0 and no gradient.
     scale: multiplies ``q k^T``; ``d ** -0.5`` when None.
-    backend: "chunk" or "reference", which then runs or raises; None takes the first that can run.
+    backend: "cpu", "chunk" or "reference", which then runs or raises; None takes the first that can run.
 
     Returns
     -------
@@ -129,6 +129,10 @@ def cost(
     )
 
 
+def _cpu() -> Any:
+    return cpu.forward
+
+
 def _chunk() -> Any:
     return chunk.forward
 
@@ -162,7 +166,11 @@ SPEC = Mechanism(
     function=topk_attention,
     sample=sample,
     reference=reference,
-    backends=(Backend("chunk", _chunk, finite_only=True), Backend("reference", _reference)),
+    backends=(
+        Backend("cpu", _cpu, cpu.rejects, cpu.declines, grad=False),
+        Backend("chunk", _chunk, finite_only=True),
+        Backend("reference", _reference),
+    ),
     laws=Laws(causal=True, stateful=True, step_equals_prefill=True, length_invariant=True, every_key=False),
     cost=cost,
     layer=TopKAttention,

@@ -1,0 +1,160 @@
+// Top-k attention: every query over the best of the keys that it may see, which are found on the way.
+//
+// Keys are packed once a KV head. A task is a block of 48 queries of one head; it walks over the key blocks that its mask
+// lists, six rows at a time: scores of 64 keys, which go to the rows' buffers of candidates (best.h) and are forgotten.
+// A candidate keeps its score, so what is left at the end needs no second product: its weights, and its values, which
+// are read where they lie, each row its own. No number of a pair is ever written to memory, and a row's operations depend
+// on its query and the keys that it sees alone.
+//
+// All visible pairs have to be scored: half the multiply-adds of dense attention remain whatever is kept.
+
+template <class Math, class T>
+class TopK {
+  using Element = typename Math::Element;
+  static constexpr int64_t kAhead = 4;  // rows of values that are fetched ahead
+
+ public:
+  TopK(const attnkit_softmax& call, const attnkit_topk& kept)
+      : s_(call),
+        kept_(kept),
+        sizes_(keys_only(call)),
+        query_blocks_(ceil_div(call.m, kBlockQueries)),
+        query_steps_(round_up(sizes_.key_steps, kWidth)),
+        most_(kept.most),
+        threads_(useful_threads(call, call.b * call.h * query_blocks_)) {}
+
+  int64_t scratch_bytes() const { return sizes_.bytes() + threads_ * work_bytes(); }
+
+  void run(char* scratch) const {
+    Element* const keys = reinterpret_cast<Element*>(scratch);
+    char* const works = scratch + sizes_.bytes();
+    const int64_t ratio = s_.h / s_.g;
+#pragma omp parallel num_threads(static_cast<int>(threads_)) if (threads_ > 1)
+    {
+      const Work work(*this, works + thread_number() * work_bytes());
+      for (int64_t head = 0; head < s_.b * s_.g; ++head) {
+        const int64_t batch = head / s_.g, group = head % s_.g;
+#pragma omp for schedule(static)
+        for (int64_t panel = 0; panel < sizes_.key_blocks; ++panel)
+          pack_key_block<Math>(s_, static_cast<const T*>(s_.k) + batch * s_.k_b + group * s_.k_g, sizes_, panel, keys);
+        // Late queries have the most to choose from.
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < ratio * query_blocks_; ++task)
+          attend(work, keys, batch, group * ratio + task / query_blocks_, query_blocks_ - 1 - task % query_blocks_);
+      }
+    }
+  }
+
+ private:
+  struct Work {
+    Element* queries;  // 48 rows of query_steps_
+    float* scores;     // six rows of a block of keys; then the weights of one row
+    float* sums;       // of one row: columns of a strip
+    int64_t* visible;  // 48: keys that a row was shown
+    Best* best;        // 48
+    char* candidates;  // of each of them
+    Work(const TopK& p, char* memory)
+        : queries(reinterpret_cast<Element*>(memory)),
+          scores(reinterpret_cast<float*>(queries + kBlockQueries * p.query_steps_)),
+          sums(scores + p.score_floats()),
+          visible(reinterpret_cast<int64_t*>(sums + kStrip)),
+          best(reinterpret_cast<Best*>(visible + kBlockQueries)),
+          candidates(reinterpret_cast<char*>(best + kBlockQueries)) {}
+  };
+  int64_t score_floats() const { return most(kRows * kBlockKeys, round_up(most_, kBlockKeys)); }
+  int64_t work_bytes() const {
+    return round_up(4 * (kBlockQueries * query_steps_ + score_floats() + kStrip) +
+                        kBlockQueries * (8 + static_cast<int64_t>(sizeof(Best)) + Best::bytes(most_)),
+                    64);
+  }
+  static PackedSizes<Math> keys_only(attnkit_softmax call) {
+    call.e = 0;
+    return PackedSizes<Math>(call);
+  }
+
+  void attend(const Work& w, const Element* keys, int64_t batch, int64_t head, int64_t block) const {
+    const int64_t first = block * kBlockQueries, count = least(kBlockQueries, s_.m - first);
+    const T* q = static_cast<const T*>(s_.q) + batch * s_.q_b + head * s_.q_h + first * s_.q_m;
+    pack_queries<Math>(s_, q, count, round_up(count, kRows), query_steps_, w.queries);
+    for (int64_t i = 0; i < count; ++i) {
+      w.visible[i] = 0;
+      w.best[i].begin(w.candidates + i * Best::bytes(most_), most_);
+    }
+    const Range seen = {visible_range(s_, first).begin, visible_range(s_, first + count - 1).end};
+    const KeyBlocks blocks(s_, batch, head, block, seen);
+    for (int64_t entry = blocks.entry; entry < blocks.entry_end; ++entry)
+      for (int64_t row = 0; row < count; row += kRows)
+        score(w, keys, first, row, least<int64_t>(kRows, count - row), blocks.key_block(entry), blocks.words(entry));
+    for (int64_t i = 0; i < count; ++i) finish(w, batch, head, first, i);
+  }
+
+  void score(const Work& w, const Element* keys, int64_t first, int64_t row, int64_t count, int64_t key_block,
+             const int64_t* words) const {
+    uint64_t word[kRows], any = 0;
+    for (int64_t i = 0; i < count; ++i) any |= word[i] = visible_word(s_, first + row + i, key_block, words);
+    if (any == 0) return;
+    const int64_t key = key_block * kBlockKeys;
+    // Scores as they are compared: scaled, for rounding may make equals of two products.
+    for (int64_t c = 0; c < kBlockKeys; c += kStrip)
+      product<Math, kStripVectors>(w.queries + row * query_steps_, query_steps_, keys + (key + c) * sizes_.key_steps,
+                                   sizes_.key_steps, s_.scale, w.scores + c, kBlockKeys);
+    for (int64_t i = 0; i < count; ++i) {
+      w.visible[row + i] += __builtin_popcountll(word[i]);
+      w.best[row + i].add(w.scores + i * kBlockKeys, key, word[i]);
+    }
+  }
+
+  void finish(const Work& w, int64_t batch, int64_t head, int64_t first, int64_t i) const {
+    Best& best = w.best[i];
+    const int64_t found = best.keep(kept_.kept[w.visible[i]]), padded = round_up(found, kWidth);
+    for (int64_t j = 0; j < padded; ++j) w.scores[j] = j < found ? best.score(j) : -kInfinity;
+    Vec peak = splat(-kInfinity), total = zero();
+    for (int64_t j = 0; j < padded; j += kWidth) peak = max(peak, load(w.scores + j));
+    const float top = largest(peak);
+    const Vec shift = splat(top == -kInfinity ? 0.0f : -top), factor = splat(kLog2E);
+    for (int64_t j = 0; j < padded; j += kWidth) {
+      const Vec weight = exp2<5>((load(w.scores + j) + shift) * factor);
+      store(w.scores + j, weight);
+      total = total + weight;
+    }
+    const float all = sum(total), share = all == 0.0f ? 0.0f : 1.0f / all;
+    const T* values = static_cast<const T*>(s_.v) + batch * s_.v_b + head / (s_.h / s_.g) * s_.v_g;
+    T* o = static_cast<T*>(s_.o) + batch * s_.o_b + head * s_.o_h + (first + i) * s_.o_m;
+    for (int64_t c = 0; c < s_.e; c += kStrip) {
+      const int64_t columns = least<int64_t>(kStrip, s_.e - c);
+      if (columns == kStrip) {
+        add_values<true>(w, best, found, values + c, columns);
+      } else {
+        add_values<false>(w, best, found, values + c, columns);
+      }
+      for (int64_t j = 0; j < columns; j += kWidth)
+        store_some(o + c + j, load(w.sums + j) * splat(share), columns - j);
+    }
+  }
+
+  // w.sums = weights * values, a strip of columns.
+  template <bool kWhole>
+  ATTNKIT_NOINLINE void add_values(const Work& w, const Best& best, int64_t count, const T* values,
+                                   int64_t columns) const {
+    Vec acc[kStripVectors];
+    for (int j = 0; j < kStripVectors; ++j) acc[j] = zero();
+    for (int64_t i = 0; i < count; ++i) {
+      prefetch_row(values + best.key(least(i + kAhead, count - 1)) * s_.v_n, columns);
+      const T* row = values + best.key(i) * s_.v_n;
+      const Vec weight = splat(w.scores[i]);
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kStripVectors; ++j)
+        if (kWhole || j * kWidth < columns)
+          acc[j] = fma(weight, kWhole ? load(row + j * kWidth) : load_some(row + j * kWidth, columns - j * kWidth), acc[j]);
+    }
+    for (int j = 0; j < kStripVectors; ++j) store(w.sums + j * kWidth, acc[j]);
+  }
+
+  const attnkit_softmax& s_;
+  const attnkit_topk& kept_;
+  const PackedSizes<Math> sizes_;
+  const int64_t query_blocks_;
+  const int64_t query_steps_;  // of one packed query, whole vectors
+  const int64_t most_;
+  const int64_t threads_;
+};

@@ -1,0 +1,74 @@
+"""The native kernel, forward only: scores go by in blocks, and each query keeps a list of its best on the way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnkit import native
+from attnkit.masks import UNBOUNDED, Mask
+from attnkit.mechanisms.softmax import softmax_attention
+from attnkit.mechanisms.topk.counts import kept, most
+from attnkit.spec import Call
+
+MOST_SIZE = 576
+FEWEST_QUERIES = 4
+"""Fewer are left to the chunk backend, which packs no keys for them."""
+
+
+def rejects(call: Call) -> tuple[str, ...]:
+    q, v = call["q"], call["v"]
+    reasons = []
+    if not native.STATUS.available:
+        reasons.append(native.STATUS.reason)
+    if torch.compiler.is_compiling():
+        reasons.append("the call is being compiled, the native kernel runs eagerly only")
+    if q.device.type != "cpu":
+        reasons.append(f"device is {q.device.type}, the native kernel needs cpu")
+    if q.dtype not in native.DTYPES:
+        reasons.append(f"dtype is {q.dtype}, the native kernel takes float32, bfloat16 and float16")
+    for name, size in (("key", q.shape[3]), ("value", v.shape[3])):
+        if not 1 <= size <= MOST_SIZE:
+            reasons.append(f"{name} size is {size}, the native kernel takes 1 to {MOST_SIZE}")
+    if torch.is_grad_enabled() and (wanted := [name for name in ("q", "k", "v") if call[name].requires_grad]):
+        reasons.append(f"gradients are wanted for {', '.join(wanted)}, the native kernel is forward only")
+    return tuple(reasons)
+
+
+def declines(call: Call) -> tuple[str, ...]:
+    m = call["q"].shape[2]
+    return (f"there are {m} queries, packing keys pays from {FEWEST_QUERIES} on",) if m < FEWEST_QUERIES else ()
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, top: int | None, density: float | None, mask: Mask | None, scale: float
+) -> Tensor:
+    (b, h, m, d), (g, n, e) = q.shape, v.shape[1:]
+    longest = most(n, top, density)
+    if longest >= n:
+        o: Tensor = softmax_attention(q, k, v, mask=mask, scale=scale)
+        return o
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    counts = kept(torch.arange(n + 1), top, density).to(torch.int32)
+    interval = (UNBOUNDED, UNBOUNDED) if mask is None else mask.interval()
+    blocks = None
+    if mask is not None and interval is None:
+        blocks = mask.block_list(m, n, native.BLOCK_QUERIES, native.BLOCK_KEYS)
+    listed = () if blocks is None else (blocks.offsets, blocks.columns, blocks.pattern, blocks.patterns)
+    o = q.new_empty(b, h, m, e)
+    native.run(
+        "topk_forward",
+        native.pack_softmax(
+            *(x.data_ptr() for x in (q, k, v, o)),
+            *(0, 0, 0, 0),
+            *((x.data_ptr() for x in listed) if listed else (0, 0, 0, 0)),
+            *(b, h, g, m, n, d, e),
+            *(step for x in (q, k, v, o) for step in x.stride()[:3]),
+            *(0, 0, 0, 0),
+            *(interval or (UNBOUNDED, UNBOUNDED)),
+            *((1, 1) if blocks is None else (blocks.batches, blocks.heads)),
+            *(torch.get_num_threads(), native.DTYPES[q.dtype], native.PREFILL, scale, 0.0),
+        ),
+        native.pack_topk(counts.data_ptr(), longest),
+    )
+    return o
