@@ -56,7 +56,9 @@ bool runs_v4() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512cd");
 }
-bool runs_v4bf16() { return runs_v4() && __builtin_cpu_supports("avx512bf16"); }
+bool runs_v4bf16() {
+  return runs_v4() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
 #endif
 
 struct Built {

@@ -6,7 +6,7 @@ struct Plain {
   using Asked = T;
   using Number = T;
   using Rows = R;
-  static constexpr bool kScales = false, kConverts = false;
+  static constexpr bool kScales = false, kConverts = false, kMultiplies = false;
 
   explicit Plain(const attnkit_cache& cache) : c_(cache) {}
   int64_t length(int64_t batch) const { return c_.lengths ? c_.lengths[batch] : c_.n; }
@@ -37,7 +37,7 @@ struct Scaled {
   using Asked = A;
   using Number = N;
   using Rows = EvenRows<N>;
-  static constexpr bool kScales = true, kConverts = true;
+  static constexpr bool kScales = true, kConverts = true, kMultiplies = false;
 
   explicit Scaled(const attnkit_cache& cache)
       : c_(cache), key_row_(round_up(cache.d, kBlockKeys)), value_row_(round_up(cache.e, kBlockKeys)) {}
@@ -159,7 +159,7 @@ struct ScaledCodes {
   using Asked = BFloat16;
   using Number = Code<Form>;
   using Rows = EvenRows<Number>;
-  static constexpr bool kScales = true, kConverts = false;
+  static constexpr bool kScales = true, kConverts = false, kMultiplies = false;
 
   explicit ScaledCodes(const attnkit_cache& cache) : c_(cache) {}
   int64_t length(int64_t batch) const { return c_.lengths ? c_.lengths[batch] : c_.n; }
@@ -194,7 +194,7 @@ struct Grouped {
   using Asked = A;
   using Number = N;
   using Rows = EvenRows<N>;
-  static constexpr bool kScales = false, kConverts = true;
+  static constexpr bool kScales = false, kConverts = true, kMultiplies = false;
 
   explicit Grouped(const attnkit_cache& cache)
       : c_(cache), key_row_(round_up(cache.d, kBlockKeys)), value_row_(round_up(cache.e, kBlockKeys)) {}

@@ -90,6 +90,7 @@ class Decode {
 #pragma omp parallel num_threads(static_cast<int>(threads_)) if (threads_ > 1)
     {
       const Work work(*this, scratch + part_bytes() + thread_number() * work_bytes());
+      if constexpr (Store::kMultiplies) store_.start(work.numbers);
 #pragma omp for schedule(dynamic, run)
       for (int64_t task = 0; task < tasks; ++task) {
         const int64_t walk = task / splits_, split = task % splits_;
@@ -146,9 +147,13 @@ class Decode {
   void attend(const Work& w, const Sequence& sequence, int64_t batch, int64_t head, int64_t split) const {
     for (int64_t r = 0; r < rows_; ++r) {
       const Asked* q = static_cast<const Asked*>(s_.q) + batch * s_.q_b + (head + r / s_.m) * s_.q_h + r % s_.m * s_.q_m;
-      for (int64_t j = 0; j < query_vectors_; ++j)
-        Product::store_query(w.queries + (r * query_vectors_ + j) * kWidth, q + j * Product::kNumbers,
-                             static_cast<int>(least(Product::kNumbers, s_.d - j * Product::kNumbers)));
+      if constexpr (Store::kMultiplies) {
+        store_.take_query(w.numbers, q, r);
+      } else {
+        for (int64_t j = 0; j < query_vectors_; ++j)
+          Product::store_query(w.queries + (r * query_vectors_ + j) * kWidth, q + j * Product::kNumbers,
+                               static_cast<int>(least(Product::kNumbers, s_.d - j * Product::kNumbers)));
+      }
       w.tops[r] = -kInfinity;
     }
     for (int64_t j = 0; j < rows_ * value_columns_; ++j) w.sums[j] = 0.0f;
@@ -175,10 +180,35 @@ class Decode {
     // Keys outside [begin, end) are not even read.
     const int64_t begin = __builtin_ctzll(any), end = kBlockKeys - __builtin_clzll(any);
     for (int64_t first = begin / kWalkKeys * kWalkKeys; first < end; first += kWalkKeys) {
-      const int64_t after = first + kWalkKeys;
-      attend_tile(w, sequence, batch, head, key_block * kBlockKeys, first, most(begin, first) - first,
-                  least(end, after) - first, after < end ? key_block * kBlockKeys + after : next_key);
+      const int64_t after = first + kWalkKeys, next = after < end ? key_block * kBlockKeys + after : next_key;
+      const int64_t from = most(begin, first) - first, to = least(end, after) - first;
+      if constexpr (Store::kMultiplies) {
+        attend_codes(w, sequence, batch, head, key_block * kBlockKeys, first, from, to, next);
+      } else {
+        attend_tile(w, sequence, batch, head, key_block * kBlockKeys, first, from, to, next);
+      }
     }
+  }
+
+  // As attend_tile, with products that are the store's.
+  void attend_codes(const Work& w, const Sequence& sequence, int64_t batch, int64_t head, int64_t block, int64_t first,
+                    int64_t begin, int64_t end, int64_t next_key) const {
+    const attnkit_softmax& s = sequence.s;
+    Tile<Rows> tile;
+    store_.open(tile, w.numbers, batch, head / (s.h / s.g), block + first, begin, end, next_key, s.n);
+    in_rows([&](auto rows, int64_t r) {
+      store_.template score<rows.count>(w.numbers, tile, w.scores + r * kScoreRow, begin, end, r);
+    });
+    for (int64_t r = 0; r < rows_; ++r) weigh(w, sequence.logits, tile, batch, head, block, first, begin, end, r);
+    in_rows([&](auto rows, int64_t r) {
+      uint64_t seen[rows.count];
+      for (int i = 0; i < rows.count; ++i) seen[i] = w.words[(r + i) % s_.m] >> first & bit_range(begin, end);
+      store_.take_weights(w.numbers, w.weights + r * kScoreRow, w.scores + r * kScoreRow, seen, r);
+    });
+    in_rows([&](auto rows, int64_t r) {
+      store_.template add_values<rows.count>(w.numbers, tile, w.sums + r * value_columns_, value_columns_, begin, end,
+                                             r);
+    });
   }
 
   // Keys [begin, end) of the tile that starts at number `first` of the block at `block`; those at `next_key` come after.

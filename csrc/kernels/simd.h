@@ -17,6 +17,9 @@ struct Float16 {
 #if defined(__AVX512BF16__)
 #define ATTNKIT_BF16_DOT 1
 #endif
+#if defined(__AVX512VNNI__)
+#define ATTNKIT_BYTE_DOT 1
+#endif
 
 #if defined(__AVX512F__)
 #include "simd512.h"

@@ -115,18 +115,22 @@ ATTNKIT_INLINE void transpose(Vec (&r)[16]) {
   }
 }
 
-// Lane i of the result is the sum of r[i].
-ATTNKIT_INLINE Vec sum_each(const Vec (&r)[16]) {
+// Lane i of the result is the sum of r[i], whose lanes are what `add` takes them for.
+template <class F>
+ATTNKIT_INLINE Vec sum_each(const Vec (&r)[16], F add) {
   Vec t[8], u[4];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i)
-    t[i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]) + _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    t[i] = add(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i)
-    u[i] = _mm512_shuffle_ps(t[2 * i], t[2 * i + 1], 0x44) + _mm512_shuffle_ps(t[2 * i], t[2 * i + 1], 0xee);
-  const Vec a = _mm512_shuffle_f32x4(u[0], u[1], 0x88) + _mm512_shuffle_f32x4(u[0], u[1], 0xdd);
-  const Vec b = _mm512_shuffle_f32x4(u[2], u[3], 0x88) + _mm512_shuffle_f32x4(u[2], u[3], 0xdd);
-  return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
+    u[i] = add(_mm512_shuffle_ps(t[2 * i], t[2 * i + 1], 0x44), _mm512_shuffle_ps(t[2 * i], t[2 * i + 1], 0xee));
+  const Vec a = add(_mm512_shuffle_f32x4(u[0], u[1], 0x88), _mm512_shuffle_f32x4(u[0], u[1], 0xdd));
+  const Vec b = add(_mm512_shuffle_f32x4(u[2], u[3], 0x88), _mm512_shuffle_f32x4(u[2], u[3], 0xdd));
+  return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+ATTNKIT_INLINE Vec sum_each(const Vec (&r)[16]) {
+  return sum_each(r, [](Vec a, Vec b) { return a + b; });
 }
 
 #if defined(ATTNKIT_BF16_DOT)
@@ -153,5 +157,30 @@ ATTNKIT_INLINE __m256i load_halves_some(const void* p, int count) {
 }
 ATTNKIT_INLINE Pairs load_pairs_first(const BFloat16* p, int numbers) {
   return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << numbers) - 1), p);
+}
+#endif
+
+#if defined(ATTNKIT_BYTE_DOT)
+// 64 bytes, or 16 whole numbers of 32 bits.
+using Bytes = __m512i;
+using Ints = __m512i;
+ATTNKIT_INLINE Ints zero_ints() { return _mm512_setzero_si512(); }
+ATTNKIT_INLINE Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+ATTNKIT_INLINE Bytes load_bytes_first(const void* p, int64_t count) {
+  return _mm512_maskz_loadu_epi8(count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1, p);
+}
+// Lane i grows by the products of the four unsigned bytes of a and the signed ones of b that lie there.
+// Not the intrinsic: GCC 12 copies every sum of a loop to another register and back, and runs out of them.
+ATTNKIT_INLINE Ints dot_bytes(Ints c, Bytes a, Bytes b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(a), "vm"(b));
+  return c;
+}
+ATTNKIT_INLINE Ints sum_each(const Ints (&r)[16]) {
+  Vec x[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) x[i] = _mm512_castsi512_ps(r[i]);
+  return _mm512_castps_si512(sum_each(x, [](Vec a, Vec b) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }));
 }
 #endif

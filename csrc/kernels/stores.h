@@ -3,7 +3,8 @@
 //
 // Rows are contiguous, or on pages of any number of tokens that a table lists. Quantised forms (their layout is described
 // in attnkit.state.codec) are converted to the numbers the products take, scales left aside where one belongs to a token:
-// the kernel multiplies scores and weights by it. The converted cache as a whole is never written.
+// the kernel multiplies scores and weights by it. The converted cache as a whole is never written. A store that
+// multiplies its codes itself (kMultiplies, codes.h) converts nothing.
 
 // Keys whose scores, weights and values are worked off together: few enough that what is fetched ahead, the values of the
 // same keys or the next keys, and what is in use fit any second cache many times.
@@ -29,6 +30,7 @@ template <class Rows>
 struct Tile {
   Rows keys, values;
   Rows next;   // keys to fetch while the values are added
+  Rows next_values;  // the values of those, where the store fetches them
   bool fetch;  // whether there are any
   float key_scale[kWalkKeys], value_scale[kWalkKeys];  // where the store has them; 0 outside the range
 };
@@ -63,7 +65,7 @@ struct Tensors {
   using Asked = T;   // dtype of queries and results
   using Number = T;  // what the rows of a tile hold
   using Rows = EvenRows<T>;
-  static constexpr bool kScales = false, kConverts = false;
+  static constexpr bool kScales = false, kConverts = false, kMultiplies = false;
 
   explicit Tensors(const attnkit_softmax& call) : s_(call) {}
   int64_t length(int64_t) const { return s_.n; }

@@ -12,6 +12,7 @@ namespace {
 #include "../kernels/threads.h"
 #include "../kernels/stores.h"
 #include "../kernels/decode.h"
+#include "../kernels/codes.h"
 #include "../kernels/cached.h"
 // clang-format on
 
@@ -45,7 +46,7 @@ auto with_store(const attnkit_cache& c, F f) {
   using Number = typename Converted<T>::Number;
 #if defined(ATTNKIT_BF16_DOT)
   if constexpr (sizeof(Number) == 2) {
-    if (c.form == ATTNKIT_INT8) return f(ScaledCodes<Int8>(c));
+    if (c.form == ATTNKIT_INT8) return f(ByteCodes<T, EvenRows<uint8_t>>(c));
     if (c.form == ATTNKIT_FP8) return f(ScaledCodes<Fp8>(c));
   }
 #endif

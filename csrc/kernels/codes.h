@@ -1,0 +1,373 @@
+// Attention of 16-bit queries over byte codes, multiplied as whole numbers where they lie in the cache.
+//
+// A query row becomes 16-bit whole numbers, its largest magnitude about 2^15, in two planes of signed bytes:
+// q ~ factor * (256 high + low). So a row is off by at most 2^-16 of its largest number, less than what rounding weights
+// to bfloat16 would cost. One instruction adds 64 products of bytes; a key's sum over the high plane, moved up by 8
+// bits, goes on over the low one, exactly, in 32 bits. The weights of a tile, each already multiplied by its token's
+// scale, are split the same way into planes of unsigned bytes against their largest. Values are regrouped so that four
+// tokens of one channel lie side by side; sums of a tile stay whole numbers and join the row's float32 sums once.
+//
+// Blocking: 32 keys. Four rows by four keys of products, as each gives one vector of sums; four rows by 64 channels of
+// values. A Zen 4 core makes one such instruction a cycle, 4 rows of 128 channels need 32 for a key and its value: at
+// 3.7 GHz a cache of bytes could be read at 30 GB/s.
+
+#if defined(ATTNKIT_BYTE_DOT)
+// The largest whole number of a query, such that no sum over up to 576 channels leaves 32 bits.
+ATTNKIT_INLINE float largest_query(int64_t d) {
+  return d <= 512 ? 32512.0f : 32512.0f * 512.0f / static_cast<float>(d);
+}
+// Largest magnitudes, NaN where there is one: the bits of magnitudes are in the order of the numbers, NaN last.
+ATTNKIT_INLINE Ints larger_bits(Ints bits, Vec x) {
+  return _mm512_max_epu32(bits, _mm512_castps_si512(abs(x)));
+}
+// What numbers up to `largest` are multiplied by to become whole ones up to `most_whole`, and what 1 then stands for.
+// Numbers that are all below 2^-110 count as 0; where one is infinite or NaN, 1 stands for NaN.
+struct WholeScale {
+  Vec up, down;
+  ATTNKIT_INLINE WholeScale(Ints largest_bits, float most_whole) {
+    const Vec largest = _mm512_castsi512_ps(largest_bits), whole = splat(most_whole);
+    const __mmask16 ends = _mm512_cmp_ps_mask(largest, splat(kInfinity), _CMP_LT_OQ);
+    const __mmask16 counts = ends & _mm512_cmp_ps_mask(largest, splat(0x1p-110f), _CMP_GT_OQ);
+    up = _mm512_maskz_div_ps(counts, whole, largest);
+    down = select(ends, largest * splat(1.0f / most_whole), __builtin_nanf(""));
+  }
+};
+// Sum of the four 128-bit parts of each r, one after the other.
+template <class F>
+ATTNKIT_INLINE Ints join_parts(Ints a, Ints b, Ints c, Ints d, F add) {
+  const Ints ab = add(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+  const Ints cd = add(_mm512_shuffle_i32x4(c, d, 0x88), _mm512_shuffle_i32x4(c, d, 0xdd));
+  return add(_mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(ab, cd, 0xdd));
+}
+ATTNKIT_INLINE Ints largest_everywhere(Ints x) {
+  return _mm512_set1_epi32(static_cast<int>(_mm512_reduce_max_epu32(x)));
+}
+
+// Signed bytes with a scale for each token.
+template <class A, class R>
+struct ByteCodes {
+  using Asked = A;
+  using Number = uint8_t;
+  using Rows = R;
+  static constexpr bool kScales = true, kConverts = false, kMultiplies = true;
+
+  explicit ByteCodes(const attnkit_cache& cache)
+      : c_(cache),
+        rows_((cache.mask_heads == 1 ? cache.h / cache.g : 1) * cache.m),
+        key_bytes_(round_up(cache.d, 64)),
+        value_bytes_(round_up(cache.e, 64)) {}
+  int64_t length(int64_t batch) const { return c_.lengths ? c_.lengths[batch] : c_.n; }
+  int64_t tile_numbers() const { return 64 + Memory(*this, nullptr).bytes; }
+
+  void open(Tile<R>& tile, uint8_t* memory, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end,
+            int64_t next, int64_t n) const {
+    const RowPlaces<uint8_t> keys = places(c_.k, c_.k_b, c_.k_g, c_.k_n, batch, group);
+    keys.find(tile.keys, first, begin, end);
+    const RowPlaces<uint8_t> values = places(c_.v, c_.v_b, c_.v_g, c_.v_n, batch, group);
+    values.find(tile.values, first, begin, end);
+    tile.fetch = next < n;
+    if (tile.fetch) {
+      keys.find(tile.next, next, 0, least(kWalkKeys, n - next));
+      values.find(tile.next_values, next, 0, least(kWalkKeys, n - next));
+    }
+    const float* k_scale = static_cast<const float*>(c_.k_scale) + batch * c_.k_scale_b + group * c_.k_scale_g + first;
+    const float* v_scale = static_cast<const float*>(c_.v_scale) + batch * c_.v_scale_b + group * c_.v_scale_g + first;
+    // One page of memory after the other costs a walk of its tables each; several at once overlap.
+    if (first % (kWalkAhead * kWalkKeys) == 0)
+      for (int64_t i = kWalkAhead; i < 2 * kWalkAhead; ++i) {
+        const int64_t at = first + i * kWalkKeys;
+        if (at >= n) break;
+        prefetch_row(keys.at(at), 1);
+        prefetch_row(values.at(at), 1);
+      }
+    const uint64_t inside = bit_range(begin, end);
+    for (int64_t i = 0; i < kWalkKeys; i += kWidth) {
+      const __mmask16 some = static_cast<__mmask16>(inside >> i);
+      store(tile.key_scale + i, _mm512_maskz_loadu_ps(some, k_scale + i));
+      store(tile.value_scale + i, _mm512_maskz_loadu_ps(some, v_scale + i));
+    }
+    const Memory w(*this, memory);
+    if (!w.ready->is(batch, group, first))
+      for (int64_t unit = 0; unit < units(key_bytes_); ++unit)
+        regroup(w.keys, tile.keys, c_.d, begin, end, unit, turn_keys);
+    *w.ready = {batch, group, tile.fetch && next + kWalkKeys <= n ? next : -1};
+  }
+
+  // Before the first call of a thread: what its memory held before counts for nothing.
+  void start(uint8_t* memory) const { *Memory(*this, memory).ready = {-1, -1, -1}; }
+
+  // One query row, in the order of regrouped keys: each four channels four times in a row.
+  void take_query(uint8_t* memory, const A* q, int64_t r) const {
+    const Memory w(*this, memory);
+    Ints bits = zero_ints();
+    for (int64_t j = 0; j < c_.d; j += kWidth) bits = larger_bits(bits, load_some(q + j, c_.d - j));
+    const WholeScale scale(largest_everywhere(bits), largest_query(c_.d));
+    const Ints half = _mm512_set1_epi32(128);
+    const __mmask16 counts = bits_unequal(scale.up, 0.0f);
+    Ints sum = zero_ints();
+    int8_t* to = w.queries + 8 * r * key_bytes_;
+    for (int64_t j = 0; j < key_bytes_; j += 64) {
+      alignas(64) int8_t high[64], low[64];
+      for (int64_t i = 0; i < 64; i += kWidth) {
+        const Vec x = j + i < c_.d ? load_some(q + j + i, c_.d - j - i) : zero();
+        const Ints whole = _mm512_maskz_cvtps_epi32(counts, x * scale.up);
+        sum = _mm512_add_epi32(sum, whole);
+        store_plane(high + i, _mm512_srai_epi32(_mm512_add_epi32(whole, half), 8));
+        store_plane(low + i, whole);
+      }
+      repeat_fours(to + 4 * j, load_bytes(high));
+      repeat_fours(to + 4 * (key_bytes_ + j), load_bytes(low));
+    }
+    w.query_scales[r] = _mm512_cvtss_f32(scale.down);
+    w.query_sums[r] = _mm512_reduce_add_epi32(sum) * -128;
+  }
+
+  // As Decode::score.
+  template <int kCount>
+  void score(uint8_t* memory, const Tile<R>& tile, float* scores, int64_t begin, int64_t end, int64_t r) const {
+    const Memory w(*this, memory);
+    const int8_t* queries = w.queries + 8 * r * key_bytes_;
+    int64_t unit = r == 0 ? 0 : units(value_bytes_), key = r == 0 && tile.fetch ? 0 : kWalkKeys;
+    const int64_t last_unit = units(value_bytes_), steps = key_bytes_ / 16;
+    for (int64_t c = begin / kWidth * kWidth; c < end; c += kWidth) {
+      const uint8_t* keys = w.keys + c / 4 * 64;
+      Ints acc[kCount][4];
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) acc[i][j] = zero_ints();
+      for (int64_t plane = 0; plane < 2; ++plane) {
+        if (plane == 1) move_up(acc);
+        for (int64_t j = 0; j < steps; ++j) {
+          if (key < kWalkKeys) prefetch_row(tile.next[key++], c_.d);
+          if (j % 2 == 1 && unit < last_unit) regroup(w.values, tile.values, c_.e, begin, end, unit++, turn_values);
+          add_products(acc, keys + j * kFours * 64, queries + (plane * 4 * key_bytes_ + j * 64), 8 * key_bytes_);
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) {
+        const Ints sums = join_parts(acc[i][0], acc[i][1], acc[i][2], acc[i][3],
+                                     [](Ints a, Ints b) { return _mm512_add_epi32(a, b); });
+        store(scores + i * kScoreRow + c,
+              _mm512_cvtepi32_ps(_mm512_add_epi32(sums, _mm512_set1_epi32(w.query_sums[r + i]))) *
+                  splat(w.query_scales[r + i]));
+      }
+    }
+    while (key < kWalkKeys) prefetch_row(tile.next[key++], c_.d);
+    while (unit < last_unit) regroup(w.values, tile.values, c_.e, begin, end, unit++, turn_values);
+  }
+
+  // Weights, by their tokens' scales, of kCount rows; row i counts the keys in seen[i], those of others may be anything.
+  template <int kCount>
+  void take_weights(uint8_t* memory, const float* weights, const float* scores, const uint64_t (&seen)[kCount],
+                    int64_t r) const {
+    const Memory w(*this, memory);
+    constexpr int kVectors = kWalkKeys / kWidth;
+    Vec x[kCount][kVectors];
+    Ints bits[kCount];
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      bits[i] = zero_ints();
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) {
+        const int64_t at = i * kScoreRow + j * kWidth;
+        const __mmask16 some = static_cast<__mmask16>(seen[i] >> j * kWidth);
+        const __mmask16 above = _mm512_mask_cmp_ps_mask(some, load(scores + at), splat(-kInfinity), _CMP_NEQ_UQ);
+        x[i][j] = _mm512_maskz_loadu_ps(above, weights + at);
+        bits[i] = larger_bits(bits[i], x[i][j]);
+      }
+    }
+    // The largest of row i everywhere in part i.
+    Ints largest = join_parts(bits[0], bits[kCount > 1], bits[kCount / 4 * 2], bits[kCount / 4 * 3],
+                              [](Ints a, Ints b) { return _mm512_max_epu32(a, b); });
+    largest = _mm512_max_epu32(largest, _mm512_shuffle_epi32(largest, _MM_PERM_BADC));
+    largest = _mm512_max_epu32(largest, _mm512_shuffle_epi32(largest, _MM_PERM_CDAB));
+    const WholeScale scale(largest, 65535.0f);
+    const Vec ups[4] = {_mm512_shuffle_f32x4(scale.up, scale.up, 0x00), _mm512_shuffle_f32x4(scale.up, scale.up, 0x55),
+                        _mm512_shuffle_f32x4(scale.up, scale.up, 0xaa), _mm512_shuffle_f32x4(scale.up, scale.up, 0xff)};
+    store(w.weight_scales + 4 * r, scale.down);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) {
+        const Ints whole = _mm512_maskz_cvtps_epi32(bits_unequal(ups[i], 0.0f), x[i][j] * ups[i]);
+        uint8_t* to = w.weights + 2 * (r + i) * kWalkKeys + j * kWidth;
+        store_plane(to, _mm512_srli_epi32(whole, 8));
+        store_plane(to + kWalkKeys, whole);
+      }
+  }
+
+  template <int kCount>
+  void add_values(uint8_t* memory, const Tile<R>& tile, float* sums, int64_t stride, int64_t begin, int64_t end,
+                  int64_t r) const {
+    const Memory w(*this, memory);
+    const uint8_t* weights = w.weights + 2 * r * kWalkKeys;
+    const int64_t four = begin / 4, fours = ceil_div(end, 4);
+    const bool fetch = r == 0 && tile.fetch;
+    int64_t unit = r == 0 && w.ready->first >= 0 ? 0 : units(key_bytes_);
+    const int64_t last_unit = units(key_bytes_);
+    for (int64_t column = 0; column < c_.e; column += 64) {
+      const uint8_t* values = w.values + column * kWalkKeys;
+      const int64_t part = least<int64_t>(64, c_.e - column);
+      Ints acc[kCount][4];
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) acc[i][j] = zero_ints();
+      for (int64_t plane = 0; plane < 2; ++plane) {
+        if (plane == 1) move_up(acc);
+        for (int64_t f = four; f < fours; ++f) {
+          if (fetch)
+            for (int64_t c = 0; c < 2; ++c) prefetch_row(tile.next_values[4 * f + 2 * plane + c] + column, part);
+          if (f % 2 == 1 && unit < last_unit) regroup(w.keys, tile.next, c_.d, 0, kWalkKeys, unit++, turn_keys);
+          add_weighted(acc, values + f * 64, weights + plane * kWalkKeys + 4 * f);
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i)
+        add_sums(sums + i * stride + column, acc[i], splat(w.weight_scales[4 * r + 4 * i]), c_.e - column);
+    }
+    while (unit < last_unit) regroup(w.keys, tile.next, c_.d, 0, kWalkKeys, unit++, turn_keys);
+  }
+
+ private:
+  static constexpr int64_t kFours = kWalkKeys / 4;
+  static constexpr int64_t kWalkAhead = 4;  // tiles
+
+  // The tile whose keys are regrouped already.
+  struct Place {
+    int64_t batch, group, first;
+    bool is(int64_t b, int64_t g, int64_t f) const { return batch == b && group == g && first == f; }
+  };
+
+  struct Memory {
+    Place* ready;
+    int8_t* queries;       // rows of two planes, each four times
+    uint8_t* keys;         // of a tile, regrouped
+    uint8_t* values;
+    uint8_t* weights;      // rows of two planes of a tile's keys
+    float* query_scales;   // what 1 in the low plane stands for
+    int32_t* query_sums;   // the products' share that comes from codes being moved up by 128
+    float* weight_scales;  // each four times
+    int64_t bytes;
+    Memory(const ByteCodes& s, uint8_t* memory) {
+      memory += -reinterpret_cast<uintptr_t>(memory) & 63;
+      ready = reinterpret_cast<Place*>(memory);
+      queries = reinterpret_cast<int8_t*>(memory + 64);
+      keys = memory + 64 + 8 * s.rows_ * s.key_bytes_;
+      values = keys + kWalkKeys * s.key_bytes_;
+      weights = values + kWalkKeys * s.value_bytes_;
+      query_scales = reinterpret_cast<float*>(weights + 2 * s.rows_ * kWalkKeys);
+      query_sums = reinterpret_cast<int32_t*>(query_scales + s.rows_);
+      weight_scales = reinterpret_cast<float*>(query_sums + s.rows_);
+      bytes = reinterpret_cast<uint8_t*>(weight_scales + 4 * s.rows_ + kWidth) - memory;
+    }
+  };
+
+  RowPlaces<uint8_t> places(const void* rows, int64_t b, int64_t g, int64_t n, int64_t batch, int64_t group) const {
+    const uint8_t* base = static_cast<const uint8_t*>(rows) + group * g;
+    if (!c_.pages) return {base + batch * b, n, nullptr, 1, 0};
+    return {base, n, c_.pages + batch * c_.pages_b, c_.page, b};
+  }
+  static ATTNKIT_INLINE void store_plane(void* to, Ints low_bytes) {
+    _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8(low_bytes));
+  }
+  static ATTNKIT_INLINE void repeat_fours(int8_t* to, Bytes x) {
+    _mm512_storeu_si512(to, _mm512_shuffle_epi32(x, _MM_PERM_AAAA));
+    _mm512_storeu_si512(to + 64, _mm512_shuffle_epi32(x, _MM_PERM_BBBB));
+    _mm512_storeu_si512(to + 128, _mm512_shuffle_epi32(x, _MM_PERM_CCCC));
+    _mm512_storeu_si512(to + 192, _mm512_shuffle_epi32(x, _MM_PERM_DDDD));
+  }
+
+  // A tile is regrouped in units: 64 channels of four tokens become four vectors, in whose 128-bit part p are channels from
+  // 16 p on. Vector v of tokens 4 f to 4 f + 3 and channels from 64 j on is number (4 j + v) * kFours + f, its unit number
+  // f * channels / 64 + j. A token outside [begin, end) is not read.
+  static int64_t units(int64_t row_bytes) { return row_bytes / 64 * kFours; }
+  template <class F>
+  static ATTNKIT_INLINE void regroup(uint8_t* to, const R& rows, int64_t numbers, int64_t begin, int64_t end,
+                                     int64_t unit, F turn) {
+    const int64_t f = unit % kFours, j = unit / kFours * 64, c = 4 * f;
+    Bytes x[4];
+    if (c >= begin && c + 4 <= end && j + 64 <= numbers) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) x[i] = load_bytes(rows[c + i] + j);
+    } else {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+        x[i] = c + i >= begin && c + i < end ? load_bytes_first(rows[c + i] + j, numbers - j) : zero_ints();
+    }
+    turn(x);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + ((j / 16 + i) * kFours + f) * 64, x[i]);
+  }
+  // Keys: four channels of one token in 32 bits, four tokens side by side; unsigned from 1 to 255.
+  static ATTNKIT_INLINE void turn_keys(Bytes (&x)[4]) {
+    const Bytes top = _mm512_set1_epi8(-128);
+    const Bytes a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+    const Bytes c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+    x[0] = _mm512_xor_si512(_mm512_unpacklo_epi64(a, c), top);
+    x[1] = _mm512_xor_si512(_mm512_unpackhi_epi64(a, c), top);
+    x[2] = _mm512_xor_si512(_mm512_unpacklo_epi64(b, d), top);
+    x[3] = _mm512_xor_si512(_mm512_unpackhi_epi64(b, d), top);
+  }
+  // Values: one channel of four tokens in 32 bits.
+  static ATTNKIT_INLINE void turn_values(Bytes (&x)[4]) {
+    const Bytes a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
+    const Bytes c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
+    x[0] = _mm512_unpacklo_epi16(a, c), x[1] = _mm512_unpackhi_epi16(a, c);
+    x[2] = _mm512_unpacklo_epi16(b, d), x[3] = _mm512_unpackhi_epi16(b, d);
+  }
+  template <int kCount>
+  static ATTNKIT_INLINE void move_up(Ints (&acc)[kCount][4]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) acc[i][j] = _mm512_slli_epi32(acc[i][j], 8);
+  }
+  // 16 keys by one vector of each row.
+  template <int kCount>
+  static ATTNKIT_INLINE void add_products(Ints (&acc)[kCount][4], const uint8_t* keys, const int8_t* queries,
+                                          int64_t stride) {
+    Bytes q[kCount];
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) q[i] = load_bytes(queries + i * stride);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Bytes x = load_bytes(keys + 64 * j);
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) acc[i][j] = dot_bytes(acc[i][j], x, q[i]);
+    }
+  }
+  // Four values of 64 channels by one weight each.
+  template <int kCount>
+  static ATTNKIT_INLINE void add_weighted(Ints (&acc)[kCount][4], const uint8_t* values, const uint8_t* weights) {
+    Bytes w[kCount];
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      int32_t four;
+      __builtin_memcpy(&four, weights + 2 * i * kWalkKeys, sizeof four);
+      w[i] = _mm512_set1_epi32(four);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Bytes x = load_bytes(values + 64 * kFours * j);
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) acc[i][j] = dot_bytes(acc[i][j], w[i], x);
+    }
+  }
+  // Channels back into their order, and onto the sums of one row.
+  static ATTNKIT_INLINE void add_sums(float* sums, const Ints (&acc)[4], Vec scale, int64_t count) {
+    const Ints a = _mm512_shuffle_i32x4(acc[0], acc[1], 0x44), b = _mm512_shuffle_i32x4(acc[2], acc[3], 0x44);
+    const Ints c = _mm512_shuffle_i32x4(acc[0], acc[1], 0xee), d = _mm512_shuffle_i32x4(acc[2], acc[3], 0xee);
+    const Ints in_order[4] = {_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd),
+                              _mm512_shuffle_i32x4(c, d, 0x88), _mm512_shuffle_i32x4(c, d, 0xdd)};
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+      if (j * kWidth < count)
+        store(sums + j * kWidth, fma(_mm512_cvtepi32_ps(in_order[j]), scale, load(sums + j * kWidth)));
+  }
+
+  const attnkit_cache& c_;
+  const int64_t rows_, key_bytes_, value_bytes_;
+};
+#endif
