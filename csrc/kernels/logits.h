@@ -72,18 +72,12 @@ struct RowEnd {
     }
     factor = total == 0.0f ? 0.0f : factor / total;
   }
-  ATTNKIT_INLINE float lse() const { return total == 0.0f ? -kInfinity : top * kLn2 + __builtin_logf(total); }
-
   // The log-sum-exp of `row` where it is wanted, in one number or two.
   ATTNKIT_INLINE void keep(const attnkit_softmax& s, int64_t row) const {
     if (!s.lse) return;
-    if (!s.lse_rest || total == 0.0f) {
-      s.lse[row] = lse();
-      if (s.lse_rest) s.lse_rest[row] = 0.0f;
-    } else {
-      const double exact = static_cast<double>(top) * kExactLn2 + __builtin_log(static_cast<double>(total));
-      s.lse[row] = static_cast<float>(exact);
-      s.lse_rest[row] = static_cast<float>(exact - static_cast<double>(s.lse[row]));
-    }
+    const bool seen = total != 0.0f;
+    const double exact = static_cast<double>(top) * kExactLn2 + __builtin_log(static_cast<double>(total));
+    s.lse[row] = seen ? static_cast<float>(exact) : -kInfinity;
+    if (s.lse_rest) s.lse_rest[row] = seen ? static_cast<float>(exact - static_cast<double>(s.lse[row])) : 0.0f;
   }
 };

@@ -70,7 +70,6 @@ ATTNKIT_INLINE void prefetch_row(const T* row, int64_t numbers) {
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
 
 // 2^x for x below 128: minimax polynomials of the fraction in [0, 1) with p(0) = 1, so that a row with one key returns
 // its value unchanged. Relative error 8e-8 for degree 5; degree 4 has 3e-6, a thousandth of what rounding to 16 bits costs.

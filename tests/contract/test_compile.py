@@ -85,12 +85,12 @@ def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
     q, k, v = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 70, 16), torch.randn(2, 2, 70, 8)
     dense = torch.rand(2, 1, 9, 70) < 0.5
     far = 1 << 62
-    plain = (q, k, v, None, far, 0, 0.25, None, None, 0.0, None)
-    rich = (q, k, v, dense, far, far, 0.25, torch.randn(2, 4, 9, 70), torch.rand(4), 2.0, torch.randn(4))
+    plain = (q, k, v, None, far, 0, 0.25, None, None, 0.0, None, False)
+    rich = (q, k, v, dense, far, far, 0.25, torch.randn(2, 4, 9, 70), torch.rand(4), 2.0, torch.randn(4), True)
     trained = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in rich]
     trained[8] = rich[8].detach()
     o, lse = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9)
-    slopes = (q.detach(), k.detach(), v.detach(), o, lse, torch.randn_like(o), torch.randn_like(lse), dense)
+    slopes = (q.detach(), k.detach(), v.detach(), o, lse, lse * 1e-7, torch.randn_like(o), torch.randn_like(lse), dense)
     slopes += (
         far,
         far,

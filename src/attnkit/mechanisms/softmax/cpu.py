@@ -59,13 +59,14 @@ def forward(
     interval = (UNBOUNDED, UNBOUNDED) if mask is None else mask.interval()
     left, right = interval or (UNBOUNDED, UNBOUNDED)
     bias, alibi, sink = as_float32(bias), as_float32(alibi), as_float32(sink)
+    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias, sink))
     if torch.compiler.is_compiling():
         # A mask object cannot cross into an operator: it goes over as a tensor, and is made a block list inside.
         dense = None if mask is None or interval is not None else mask.dense(q.shape[2], k.shape[2], q.device)
-        o, lse, _ = _operator(q, k, v, dense, left, right, scale, bias, alibi, softcap or 0.0, sink)
+        o, lse, _ = _operator(q, k, v, dense, left, right, scale, bias, alibi, softcap or 0.0, sink, trains)
         return (o, lse) if return_lse else o
     listed = mask if interval is None else None
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias, sink)):
+    if trains:
         apply: Any = _Attention.apply
         o, lse = apply(q, k, v, bias, sink, listed, left, right, scale, alibi, softcap)
         return (o, lse) if return_lse else o
@@ -121,12 +122,13 @@ def _operator(
     alibi: Tensor | None,
     softcap: float,
     sink: Tensor | None,
+    trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, its log-sum-exp, and what float32 drops of that, for the backward pass alone."""
     mask = None if dense is None else explicit(dense)
-    lse, rest = _rows_of(q), _rows_of(q)
+    lse, rest = _rows_of(q), _rows_of(q) if trains else None
     o = _run(q, k, v, mask, left, right, scale, bias, alibi, softcap or None, sink, lse, rest)
-    return o, lse, rest
+    return o, lse, lse.new_empty(0) if rest is None else rest
 
 
 @_operator.register_fake
@@ -142,8 +144,10 @@ def _shapes(
     alibi: Tensor | None,
     softcap: float,
     sink: Tensor | None,
+    trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), _rows_of(q), _rows_of(q)
+    lse = _rows_of(q)
+    return q.new_empty(*q.shape[:3], v.shape[3]), lse, torch.empty_like(lse) if trains else lse.new_empty(0)
 
 
 @torch.library.custom_op("attnkit::softmax_backward", mutates_args=(), device_types="cpu")
@@ -199,7 +203,7 @@ def _backward_shapes(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, dense, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink = inputs
+    q, k, v, dense, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink, _ = inputs
     ctx.save_for_backward(q, k, v, *output, dense, bias, alibi, sink)
 
 
@@ -211,7 +215,7 @@ def _backward(ctx: Any, d_o: Tensor, d_lse: Tensor, _: Tensor) -> tuple[Tensor |
         q, k, v, o, lse, rest, d_o, d_lse, dense, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink, wanted
     )
     d_q, d_k, d_v, d_bias, d_sink = (x if want else None for x, want in zip(found, wanted, strict=True))
-    return d_q, d_k, d_v, None, None, None, None, d_bias, None, None, d_sink
+    return d_q, d_k, d_v, None, None, None, None, d_bias, None, None, d_sink, None
 
 
 _operator.register_autograd(_backward, setup_context=_keep)
