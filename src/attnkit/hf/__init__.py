@@ -11,7 +11,8 @@ except ImportError as error:
     raise ImportError("attnkit.hf needs Transformers, which is not installed: pip install 'attnkit[hf]'") from error
 
 from attnkit.hf.accelerate import accelerate, restore
+from attnkit.hf.batching import generate_batch
 from attnkit.hf.cache import Cache
 from attnkit.hf.register import register, unregister
 
-__all__ = ["Cache", "accelerate", "register", "restore", "unregister"]
+__all__ = ["Cache", "accelerate", "generate_batch", "register", "restore", "unregister"]

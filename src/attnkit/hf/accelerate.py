@@ -34,9 +34,9 @@ def accelerate(model: nn.Module) -> tuple[str, ...]:
     ValueError: the model does not run our attention. NotImplementedError: nothing in it is known to us, or a layer has
     a form that is not; nothing is changed then.
     """
-    if not _ours(model):
+    if not ours(model):
         raise ValueError(
-            f"accelerate got a model that runs {_implementation(model)!r}: call attnkit.hf.register() and "
+            f"accelerate got a model that runs {runs(model)!r}: call attnkit.hf.register() and "
             "model.set_attn_implementation('attnkit') first"
         )
     found = {name: layer for name, layer in model.named_modules() if _attribute(layer)}
@@ -72,20 +72,22 @@ def _attribute(layer: nn.Module) -> str | None:
 def _made(layer: nn.Module) -> Any:
     if callable(getattr(type(layer), "expand_kv", None)):
         return functools.partial(_expand_kv, layer)
-    ours = lightning if _is_lightning(layer) else with_names(type(layer).forward, DELTA)
-    return types.MethodType(ours, layer)
+    forward = lightning if _is_lightning(layer) else with_names(type(layer).forward, DELTA)
+    return types.MethodType(forward, layer)
 
 
 def _is_lightning(layer: nn.Module) -> bool:
     return type(layer).__name__ == "MiniMaxLightningAttention"
 
 
-def _implementation(module: Any) -> str | None:
+def runs(module: Any) -> str | None:
+    """The name of its attention."""
     return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
-def _ours(module: nn.Module) -> bool:
-    return ALL_ATTENTION_FUNCTIONS.get(_implementation(module)) is attention
+def ours(module: nn.Module) -> bool:
+    """Whether that is ours, under whatever name."""
+    return ALL_ATTENTION_FUNCTIONS.get(runs(module)) is attention
 
 
 def _rejects(layer: Any) -> str | None:
@@ -108,7 +110,7 @@ def _expand_kv(layer: Any, latent: Tensor, rotary: Tensor) -> tuple[Tensor, Tens
     """Stands in for the method of that name; what our attention function would not know goes to the method."""
     weight = layer.kv_b_proj.weight
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (latent, rotary, weight))
-    if wanted or torch.compiler.is_compiling() or latent.dtype != weight.dtype or not _ours(layer):
+    if wanted or torch.compiler.is_compiling() or latent.dtype != weight.dtype or not ours(layer):
         heads: tuple[Tensor, Tensor] = type(layer).expand_kv(layer, latent, rotary)
         return heads
     return carried_heads(layer, latent, rotary)

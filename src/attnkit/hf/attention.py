@@ -33,7 +33,7 @@ HARMLESS = frozenset(
 # What is refused gets its own advice where there is any.
 ADVICE = {
     "output_attentions": "attnkit keeps no attention weights: use attn_implementation='eager' to see them",
-    "cache": "generate_batch and other continuous batching are not supported: use generate",
+    "cache": "model.generate_batch is not supported: use attnkit.hf.generate_batch",
     "cu_seq_lens_q": "packed sequences are found by position_ids that restart: pass those and no cu_seq_lens",
     "cu_seq_lens_k": "packed sequences are found by position_ids that restart: pass those and no cu_seq_lens",
     "sinks": "sinks that differ by token are not supported: use attn_implementation='eager'",

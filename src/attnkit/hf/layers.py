@@ -13,7 +13,7 @@ from attnkit.state import KVState, LatentState, PagedKVState, PagePool
 from attnkit.state.codec import Codec
 
 _FIRST = 256  # tokens of a buffer that nobody gave a size
-_PAGE = 64  # tokens of a page
+PAGE = 64  # tokens of a page
 
 
 class _Layer(theirs.CacheLayerMixin):
@@ -244,8 +244,8 @@ class PagedLayer(FullLayer):
 
     def _made(self, capacity: int, k: Tensor, v: Tensor) -> PagedKVState:
         b, g, _, d = k.shape
-        pages = b * -(-capacity // _PAGE)
-        return PagedKVState(PagePool(pages, _PAGE, g, d, v.shape[3], dtype=k.dtype, device=k.device), b)
+        pages = b * -(-capacity // PAGE)
+        return PagedKVState(PagePool(pages, PAGE, g, d, v.shape[3], dtype=k.dtype, device=k.device), b)
 
     def _make_room(self, length: int) -> None:
         """The pool has it, or refuses."""
