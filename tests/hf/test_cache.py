@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import attnkit.hf
 from attnkit.dispatch import watch
-from attnkit.hf.layers import FullLayer, PagedLayer, WindowLayer
+from attnkit.hf.layers import FullLayer, HybridLayer, IndexedLayer, PagedLayer, WindowLayer
 
 IDS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(1))
 KEPT = torch.ones_like(IDS)
@@ -83,14 +83,34 @@ def test_a_full_layer_writes_in_place_and_doubles() -> None:
     assert layer.get_seq_length() == 0 and layer.keys.shape[2] == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "qwen3_next"])
+def test_an_indexer_keeps_its_keys_as_theirs_does() -> None:
+    layer, index = IndexedLayer(), torch.randn(2, 600, 6)
+    latent, rotary = torch.randn(2, 1, 600, 8), torch.randn(2, 1, 600, 4)
+    for start in range(0, 600, 100):
+        layer.update(latent[:, :, start : start + 100], rotary[:, :, start : start + 100])
+        got = layer.update_indexer(index[:, start : start + 100])
+        assert torch.equal(got, index[:, : start + 100])
+    layer.crop(-200)
+    layer.reorder_cache(torch.tensor([1, 1]))
+    layer.batch_repeat_interleave(2)
+    assert layer.nbytes == 4 * 1024 * (12 + 6) * 4
+    assert torch.equal(
+        layer.update_indexer(index[[0, 1, 0, 1], 400:401]),
+        torch.cat([index[[1, 1, 1, 1], :400], index[[0, 1, 0, 1], 400:401]], 1),
+    )
+    layer.reset()
+    assert torch.equal(layer.update_indexer(index[:, :3]), index[:, :3])
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "falcon_h1", "gemma2", "gpt_oss", "llama", "qwen3_next"])
 def test_generated_text_is_the_same(family: str, tiny: Callable[..., Any]) -> None:
     model = tiny(family)
     options = {"attention_mask": KEPT, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     want = [model.generate(IDS, num_beams=beams, **options) for beams in (1, 3)]
     model.set_attn_implementation("attnkit")
     for beams, text in zip((1, 3), want, strict=True):
-        for made in ({}, {"max_length": 24}, {"max_length": 24, "paged": True}, None):
+        paged = [] if family in ("deepseek_v32", "falcon_h1") else [{"max_length": 24, "paged": True}]
+        for made in ({}, {"max_length": 24}, *paged, None):
             cache = None if made is None else attnkit.hf.Cache(model.config, **made)
             assert torch.equal(model.generate(IDS, num_beams=beams, cache=cache, **options), text)
 
@@ -169,6 +189,13 @@ def test_what_the_cache_cannot_do_is_refused(tiny: Callable[..., Any]) -> None:
         attnkit.hf.Cache(model.config, paged=True)
     with pytest.raises(NotImplementedError, match="paged=True and dtype 'int8', expected one of them"):
         attnkit.hf.Cache(model.config, "int8", paged=True, max_length=9)
+    for family, kind in (("deepseek_v32", "indexed_attention"), ("falcon_h1", "hybrid")):
+        with pytest.raises(NotImplementedError, match=f"layer of type '{kind}' as int8"):
+            attnkit.hf.Cache(tiny(family).config, "int8")
+        with pytest.raises(NotImplementedError, match=f"layer of type '{kind}' on pages"):
+            attnkit.hf.Cache(tiny(family).config, paged=True, max_length=9)
+    with pytest.raises(NotImplementedError, match="cannot be chosen or repeated"):
+        HybridLayer().batch_select_indices(torch.tensor([0]))
     with pytest.raises(NotImplementedError, match="no gradient"):
         model(IDS, cache=attnkit.hf.Cache(model.config))
     with pytest.raises(NotImplementedError, match="the model computes torch.float32"), torch.no_grad():

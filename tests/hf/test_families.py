@@ -21,15 +21,9 @@ from attnkit.testing.budgets import assert_within
 # Families that do not call an attention function, and keep their own attention whatever is asked for.
 OWN_ATTENTION = {"bloom", "falcon", "mpt"}
 NO_ATTENTION = {"mamba2", "rwkv"}
-# Whole families that are refused, and caches that are.
+# Whole families that are refused.
 REFUSED = {"deepseek_v4": "computes cat with its attention mask"}
 KEEPS_OWN_CACHE = {"minimax"}
-OUR_CACHE_REFUSED = {
-    "deepseek_v32": "indexed_attention",
-    "falcon_h1": "hybrid",
-    "glm_moe_dsa": "indexed_attention",
-    "hy_v4": "indexed_attention",
-}
 # Their recurrent layers mix what attention makes of padding, which sees no key: 0 with us and SDPA, a mean with eager.
 PADDING_MATTERS = {"recurrent_gemma"}
 # All of these but attention is float64 in a float64 model, so that nothing blurs the comparison.
@@ -89,9 +83,6 @@ def test_family(each_family: str, tiny: Callable[..., Any], softmax_in_float64: 
     if family in KEEPS_OWN_CACHE:
         for name in ("dynamic cache", "static cache", "our cache"):
             del naive[name], got[name]
-    if family in OUR_CACHE_REFUSED:
-        with pytest.raises(NotImplementedError, match=OUR_CACHE_REFUSED[family]):
-            got.pop("our cache")()
     before = {"padded": padded(plain), "packed": packed(plain)}
     if "dynamic cache" in naive:
         before["cached"] = naive["dynamic cache"]()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import cache_utils as theirs
 
-from attnkit.hf.layers import CodedLayer, FullLayer, LatentLayer, PagedLayer, WindowLayer
+from attnkit.hf.layers import CodedLayer, FullLayer, HybridLayer, IndexedLayer, LatentLayer, PagedLayer, WindowLayer
 from attnkit.state.codec import Codec
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -89,10 +89,15 @@ class _Form:
                 return self._full()
             case "sliding_attention" | "chunked_attention":
                 return WindowLayer(options["sliding_window"], self.dtype, self.max_length)
+            case "indexed_attention" if self.latent and not (self.codec or self.paged):
+                return IndexedLayer(self.dtype, self.max_length)
+            case "hybrid" if not (self.codec or self.paged):
+                return HybridLayer(options["number_of_states"], self.dtype, self.max_length)
             case "linear_attention" | "conv" | "dummy":
                 return theirs.DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
+        form = f" as {self.codec}" if self.codec else " on pages" if self.paged else ""
         raise NotImplementedError(
-            f"Cache cannot keep a layer of type {kind!r} yet: leave cache out to use Transformers' own"
+            f"Cache cannot keep a layer of type {kind!r}{form}: leave cache out to use Transformers' own"
         )
 
     def _full(self) -> FullLayer:

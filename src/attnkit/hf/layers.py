@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from transformers import cache_utils as theirs
 from attnkit.hf.carried import carried
 from attnkit.state import KVState, LatentState, PagedKVState, PagePool
 from attnkit.state.codec import Codec
+from attnkit.state.tokens import TokenState
 
 _FIRST = 256  # tokens of a buffer that nobody gave a size
 PAGE = 64  # tokens of a page
@@ -25,7 +26,7 @@ class _Layer(theirs.CacheLayerMixin):
 
     def __init__(self, dtype: torch.dtype | None, max_length: int | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.dtype, self.max_length = dtype, max_length
+        self.stored, self.max_length = dtype, max_length  # the first has a name that no class of theirs uses
 
     def _check(self, k: Tensor, v: Tensor, length: int) -> None:
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
@@ -33,10 +34,10 @@ class _Layer(theirs.CacheLayerMixin):
                 "Cache is written in place and has no gradient: decode under torch.no_grad() and train with "
                 "use_cache=False"
             )
-        if self.dtype not in (None, k.dtype):
+        if self.stored not in (None, k.dtype):
             raise NotImplementedError(
-                f"Cache stores {self.dtype} and the model computes {k.dtype}: load the model in {self.dtype}, or leave "
-                "dtype out"
+                f"Cache stores {self.stored} and the model computes {k.dtype}: load the model in {self.stored}, or "
+                "leave dtype out"
             )
         if self.max_length is not None and length > self.max_length:
             raise ValueError(
@@ -187,6 +188,90 @@ class LatentLayer(FullLayer):
         assert isinstance(self.state, LatentState)
         rows = self.state.view()["latent"]
         self.keys, self.values = rows[..., : self._size], rows[..., self._size :]
+
+
+class IndexedLayer(LatentLayer):
+    """Latents, and beside them the keys by which an indexer chooses tokens (DeepSeek-V3.2)."""
+
+    def __init__(self, dtype: torch.dtype | None = None, max_length: int | None = None) -> None:
+        super().__init__(dtype, max_length)
+        self.index: TokenState | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return super().nbytes + (self.index.nbytes if self.index is not None else 0)
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Store the indexer's keys ``(b, m, size)``; return all of them, which are no copies."""
+        b, m, size = indexer_key_states.shape
+        if self.index is None or (self.index.length == 0 and self.index.buffers["index"].shape[0] != b):
+            with torch.inference_mode(False):
+                fields, like = {"index": (1, size)}, indexer_key_states
+                self.index = TokenState(b, self.max_length or _FIRST, fields, dtype=like.dtype, device=like.device)
+        if (length := self.index.length + m) > self.index.capacity:
+            with torch.inference_mode(False):
+                self.index = self.index.grown(max(length, 2 * self.index.capacity))
+        return self.index.append(index=indexer_key_states[:, None])["index"][:, 0]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence ``i`` becomes a copy of sequence ``beam_idx[i]``."""
+        super().reorder_cache(beam_idx)
+        if self.index is not None:
+            self.index.reorder(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices``, in that order."""
+        super().batch_select_indices(indices)
+        if self.index is not None:
+            self.index = self.index.select(indices)
+
+    def _move(self, length: int) -> None:
+        super()._move(length)
+        if self.index is not None:
+            self.index.crop(min(length, self.index.length))
+
+
+class HybridLayer(theirs.LinearAttentionLayer, FullLayer):  # type: ignore[override]  # so are theirs of both kinds
+    """Full attention beside a linear layer (Falcon-H1), whose state is Transformers' own."""
+
+    def __init__(
+        self, number_of_states: int = 1, dtype: torch.dtype | None = None, max_length: int | None = None
+    ) -> None:
+        FullLayer.__init__(self, dtype, max_length)
+        theirs.LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Allocate for keys and values, or for the states that are named."""
+        if args:
+            FullLayer.lazy_initialization(self, *args)
+        else:
+            super().lazy_initialization(**kwargs)
+
+    def get_max_length(self) -> int:
+        """Tokens a sequence may reach, -1 for no bound."""
+        return FullLayer.get_max_length(self)
+
+    def reset(self) -> None:
+        """Forget every token and keep the buffers."""
+        super().reset()
+        FullLayer.reset(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens."""
+        super().crop(tokens_to_remove)
+        FullLayer.crop(self, tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence ``i`` becomes a copy of sequence ``beam_idx[i]``."""
+        super().reorder_cache(cast(torch.LongTensor, beam_idx))
+        FullLayer.reorder_cache(self, beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refused, because Transformers has no way to do it with the linear layer's state."""
+        raise NotImplementedError(
+            "sequences of a layer with a linear state cannot be chosen or repeated: repeat the prompts instead"
+        )
 
 
 class CodedLayer(FullLayer):
