@@ -2,60 +2,25 @@
 
 from __future__ import annotations
 
-from attnkit import state
-from attnkit.dispatch import explain
-from attnkit.masks import (
-    Mask,
-    bigbird,
-    block_sparse,
-    causal,
-    chunked,
-    dilated_window,
-    documents,
-    explicit,
-    fixed,
-    full,
-    global_tokens,
-    padding,
-    predicate,
-    prefix,
-    strided,
-    symmetric_window,
-    window,
-)
-from attnkit.mechanisms.softmax import (
-    merge,
-    softmax_attention,
-    softmax_attention_step,
-    softmax_attention_varlen,
-)
-from attnkit.registry import get
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnkit.public import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Mask",
-    "bigbird",
-    "block_sparse",
-    "causal",
-    "chunked",
-    "dilated_window",
-    "documents",
-    "explain",
-    "explicit",
-    "fixed",
-    "full",
-    "get",
-    "global_tokens",
-    "merge",
-    "padding",
-    "predicate",
-    "prefix",
-    "softmax_attention",
-    "softmax_attention_step",
-    "softmax_attention_varlen",
-    "state",
-    "strided",
-    "symmetric_window",
-    "window",
-]
+
+def __getattr__(name: str) -> Any:
+    """Import the public names, and torch with them, at the first use of one: help and advice need no torch."""
+    if find_spec(f"attnkit.{name}") is not None:
+        return import_module(f"attnkit.{name}")
+    if name == "__all__" or not name.startswith("_"):
+        public = import_module("attnkit.public")
+        for found in public.__all__:
+            globals().setdefault(found, getattr(public, found))
+        globals()["__all__"] = public.__all__
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module 'attnkit' has no attribute {name!r}")

@@ -18,7 +18,7 @@ from attnkit.positions import alibi_slopes
 from attnkit.registry import mechanisms
 
 SPEC = attnkit.get("softmax")
-VERBS = ("list", "explain", "mask", "doctor", "bench", "compare", "parity", "new")
+VERBS = ("list", "explain", "mask", "doctor", "advise", "bench", "compare", "parity", "new")
 
 
 def test_help_names_every_verb(run: Any) -> None:

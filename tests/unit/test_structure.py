@@ -29,7 +29,7 @@ GROUPS = (
     ("state", "projected", "gpu"),
     ("mechanisms",),
     ("registry",),
-    ("",),  # attnkit/__init__.py, which only gathers public names
+    ("", "public"),  # attnkit/__init__.py and what it gathers public names from
     ("models", "hf", "convert", "testing"),
     ("advise", "parity", "bench", "compare", "report", "web"),
     ("cli", "__main__"),

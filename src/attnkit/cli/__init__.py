@@ -6,23 +6,15 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import import_module
 from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
 import attnkit
-from attnkit.cli.advise import verb as advise_verb
-from attnkit.cli.bench import verb as bench_verb
-from attnkit.cli.compare import verb as compare_verb
-from attnkit.cli.doctor import verb as doctor_verb
-from attnkit.cli.explain import verb as explain_verb
-from attnkit.cli.listing import verb as list_verb
-from attnkit.cli.mask import verb as mask_verb
-from attnkit.cli.new import verb as new_verb
 from attnkit.cli.output import StoppedError
-from attnkit.cli.parity import verb as parity_verb
 
 # What torch says in a plain RuntimeError.
 OUT_OF_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
@@ -34,15 +26,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("list")(list_verb)
-app.command("explain")(explain_verb)
-app.command("mask")(mask_verb)
-app.command("doctor")(doctor_verb)
-app.command("advise")(advise_verb)
-app.command("bench")(bench_verb)
-app.command("compare")(compare_verb)
-app.command("parity")(parity_verb)
-app.command("new")(new_verb)
+# The verbs by name, and the files they are in.
+VERBS = {
+    "list": "listing",
+    "explain": "explain",
+    "mask": "mask",
+    "doctor": "doctor",
+    "advise": "advise",
+    "bench": "bench",
+    "compare": "compare",
+    "parity": "parity",
+    "new": "new",
+}
+
+
+def _add(names: Iterable[str]) -> None:
+    """Add verbs to ``app``; a file is imported here, so that a verb that needs no torch does not wait for it."""
+    added = {command.name for command in app.registered_commands}
+    for name in names:
+        if name not in added:
+            app.command(name)(import_module(f"attnkit.cli.{VERBS[name]}").verb)
 
 
 def _print_version(wanted: bool) -> None:
@@ -67,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        _add([given[0]] if given and given[0] in VERBS else VERBS)
         code = app(given or ["--help"], prog_name="attnkit", standalone_mode=False) or 0
         if code == 130:
             print("attnkit: stopped, nothing was half written", file=sys.stderr)
