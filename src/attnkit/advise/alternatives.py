@@ -40,6 +40,10 @@ class Alternative:
     forgets: bool = False
     near: bool = False
     shares: bool = False
+    table: bool = False
+    design: float | None = None
+    trained: str = ""
+    endless: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,16 @@ def alternatives(model: Model, lengths: Lengths) -> Iterator[Alternative | Unsui
     yield from _caches(model, lengths)
     yield from _fewer_heads(model)
     yield from _mechanisms(model)
+
+
+def trainings(model: Model) -> Iterator[Alternative | Unsuited]:
+    """Ways to train the model, and what else could be trained."""
+    held = "every score of a layer is in memory at once (backend reference)"
+    tiles = "scores are made tile by tile and never kept (backends sdpa, flex and cpu)"
+    yield Alternative("as-is", "a table of all scores", "nothing", 0, "the same numbers", held, model, table=True)
+    yield Alternative("tiled", "a tiled kernel", SWITCH, 0, "the same numbers", tiles, model)
+    for one in (*_fewer_heads(model), *_mechanisms(model)):
+        yield one
 
 
 def softmax_layers(model: Model) -> list[Mixer]:
@@ -116,6 +130,7 @@ def _caches(model: Model, lengths: Lengths) -> Iterator[Alternative | Unsuited]:
         "a policy such as SnapKV (arXiv 2404.14469), once the prompt has been read",
         _changed(model, lambda mixer: replace(mixer, budget=budget)),
         forgets=True,
+        endless=False,
     )
     yield Alternative(
         "streaming",
@@ -147,6 +162,8 @@ def _fewer_heads(model: Model) -> Iterator[Alternative | Unsuited]:
             f"heads averaged from {least} to {g}, then trained on 5 % of the first training (arXiv 2305.13245)",
             "the mean of the heads that are joined",
             _changed(model, lambda mixer, g=g: _grouped(model, mixer, g)),  # type: ignore[misc]
+            design={8: 0.5, 4: 0.8}.get(g, 1.3),
+            trained=f"{g} KV heads hold less than {least}" if g > 1 else f"one KV head holds less than {least}",
         )
 
 
@@ -172,6 +189,8 @@ def _mechanisms(model: Model) -> Iterator[Alternative | Unsuited]:
             "keys and values rebuilt from a latent; TransMLA (arXiv 2502.07864), then training",
             "attnkit.mechanisms.mla, LatentState",
             _changed(model, lambda mixer: _latent(model, mixer)),
+            design=0.6,
+            trained=f"all heads share a latent of {LATENT} numbers, more to compute for less to keep",
         )
     else:
         yield Unsuited("mla", "latent attention", "it has latent attention already" if latent else _none(model))
@@ -184,6 +203,7 @@ def _mechanisms(model: Model) -> Iterator[Alternative | Unsuited]:
             "a query reads the tokens that a trained indexer picks for it; the rest is kept",
             "attnkit.mechanisms.dsa, LatentState(index=128)",
             model.map(lambda mixer, i: _indexed(model, mixer)),
+            design=1.2,
         )
     else:
         yield Unsuited("dsa", "latent attention with an indexer", _none(model))
@@ -205,6 +225,7 @@ def _mechanisms(model: Model) -> Iterator[Alternative | Unsuited]:
         f"softmax_attention(..., mask=window({NEAR})), WindowState",
         model.map(lambda mixer, i: replace(mixer, window=NEAR) if _dense(mixer) and (i + 1) % 4 else mixer),
         near=True,
+        design=1.0,
     )
     yield Alternative(
         "linear-hybrid",
@@ -215,6 +236,7 @@ def _mechanisms(model: Model) -> Iterator[Alternative | Unsuited]:
         "attnkit.mechanisms.delta, RecurrentState",
         model.map(lambda mixer, i: _linear(model, mixer) if _dense(mixer) and (i + 1) % 4 else mixer),
         near=True,
+        design=1.1,
     )
     yield Alternative(
         "compressed",
@@ -224,6 +246,7 @@ def _mechanisms(model: Model) -> Iterator[Alternative | Unsuited]:
         "far tokens are seen as entries that were pooled from 4 or 128 of them",
         "attnkit.mechanisms.compressed, CompressedState",
         model.map(lambda mixer, i: _compressed(model, mixer, i) if _dense(mixer) else mixer),
+        design=1.6,
     )
     yield Alternative(
         "linear",
@@ -235,6 +258,7 @@ def _mechanisms(model: Model) -> Iterator[Alternative | Unsuited]:
         _changed(model, lambda mixer: _linear(model, mixer)),
         page=None,
         forgets=True,
+        design=2.2,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from attnkit.advise.alternatives import EFFORTS, TRAINING, Alternative, Unsuited, alternatives
+from attnkit.advise.alternatives import EFFORTS, TRAINING, Alternative, Unsuited, alternatives, trainings
 from attnkit.advise.families import from_config, read_config
 from attnkit.advise.hardware import Hardware, find
 from attnkit.advise.lengths import Lengths, parse
@@ -54,6 +54,7 @@ def advise(
     source: int = 0,
     shared: int = 0,
     dtype: str | None = None,
+    train: bool = False,
 ) -> Answer:
     """Which attention, which backend and which cache form a model should have on some hardware, for some traffic.
 
@@ -72,6 +73,8 @@ def advise(
     planned: the model is not trained yet, so that every mechanism takes as much training as any other.
     source: tokens of the sequence that cross-attention reads.
     shared: tokens that all prompts start with.
+    train: the question is how to train it on sequences of these lengths, ``concurrency`` of them in a step; ``itl``
+        is then the time of a step.
     dtype: what to compute and cache in, and store weights in that are not quantised; None for what the model names.
 
     Raises ``ValueError`` in one sentence for whatever cannot be understood.
@@ -94,9 +97,9 @@ def advise(
         raise ValueError(f"shared is {shared}, expected less than the {traffic.worst:,} tokens of the longest request")
     words: Quality = quality(quality_words)
     wanted = Wanted(targets(target) if isinstance(target, str) else target, words, most, planned, concurrency)
-    load = Load(traffic, concurrency, source, shared)
+    load = Load(traffic, concurrency, source, shared, train)
     judged, unsuited = [], []
-    for one in alternatives(model, traffic):
+    for one in trainings(model) if train else alternatives(model, traffic):
         if isinstance(one, Unsuited):
             unsuited.append(one)
         elif one.shares and not shared:
@@ -109,4 +112,4 @@ def advise(
 
 def _judged(one: Alternative, machine: Hardware, load: Load, wanted: Wanted) -> Judged:
     asked = load if one.shares else replace(load, shared=0)
-    return judge(one, estimate(one.model, machine, asked, one.page), machine, wanted)
+    return judge(one, estimate(one.model, machine, asked, one.page, table=one.table), machine, wanted)

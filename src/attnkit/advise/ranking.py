@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from attnkit.advise.alternatives import CONVERSION, EFFORTS, TRAINING, Alternative, Unsuited
+from attnkit.advise.alternatives import EFFORTS, TRAINING, Alternative, Unsuited
 from attnkit.advise.hardware import Hardware
 from attnkit.advise.roofline import Estimate
 from attnkit.advise.words import Quality, seconds, size
@@ -39,7 +39,9 @@ class Judged:
 def judge(one: Alternative, estimate: Estimate, hardware: Hardware, wanted: Wanted) -> Judged:
     """Compare an alternative with what is asked for."""
     short: list[tuple[str, float]] = []
-    at = "of the worst case" if one.page is None else "at p99"
+    train = estimate.activations == 0
+    at = "at p99" if train or one.page is not None else "of the worst case"
+    units = ("sequences", "activations") if train else ("requests", "cache")
     if estimate.free <= 0:
         need = estimate.weights + estimate.activations
         text = f"weights and activations take {size(need)}, and {size(estimate.usable)} are usable"
@@ -47,7 +49,9 @@ def judge(one: Alternative, estimate: Estimate, hardware: Hardware, wanted: Want
     else:
         need = estimate.needed
         if need > estimate.free:
-            text = f"{wanted.concurrency} requests {at} need {size(need)} of cache, and {size(estimate.free)} are free"
+            count = f"{wanted.concurrency} {units[0] if wanted.concurrency > 1 else units[0][:-1]}"
+            verb = "need" if wanted.concurrency > 1 else "needs"
+            text = f"{count} {at} {verb} {size(need)} of {units[1]}, and {size(estimate.free)} are free"
             short.append((text, need / estimate.free))
     p99 = estimate.column("p99")
     for name, time, words in (
@@ -64,21 +68,22 @@ def judge(one: Alternative, estimate: Estimate, hardware: Hardware, wanted: Want
         short.append((f"recall is asked for, and {one.quality}", 1e3))
     if wanted.quality.streaming and any(mixer.grows for mixer in one.model.mixers):
         short.append((f"the text has no end, and its cache grows by {size(estimate.token)} a token", 1e3))
+    elif wanted.quality.streaming and not one.endless:
+        grows = size(estimate.columns[-1].cache)
+        short.append((f"the text has no end, and it lets go of tokens of a prompt only ({grows} at the worst)", 1e3))
     if EFFORTS.index(one.effort) > EFFORTS.index(wanted.most) and not wanted.planned:
-        short.append((f"it takes {one.effort}, and at most {wanted.most} is wanted", 1e6))
+        would = f"it would take {size(p99.cache)} and {seconds(p99.decode.seconds)} a step"
+        short.append((f"it takes {one.effort}, and at most {wanted.most} is wanted; {would}", 1e6))
     return Judged(one, estimate, tuple(short))
 
 
 def order(judged: Judged, wanted: Wanted) -> tuple[float, ...]:
     """Smaller is better: what is met, effort, risk, then time."""
     one = judged.alternative
-    effort = EFFORTS.index(one.effort)
-    if wanted.planned:
-        effort = 0  # a model that is not trained yet takes as much training with one mechanism as with another
-    risk = one.risk
-    if wanted.planned and one.effort in (CONVERSION, TRAINING):
-        risk = max(0.5, risk - 1.5)  # nothing has to be healed
-    if wanted.quality.local and one.near:
+    # A model that is not trained yet takes as much training with one mechanism as with another, and nothing is healed.
+    effort = 0 if wanted.planned else EFFORTS.index(one.effort)
+    risk = one.design if wanted.planned and one.design is not None else one.risk
+    if wanted.quality.local and one.name == "window":
         risk = 0.4
     if wanted.quality.recall and one.near:
         risk += 1
@@ -108,5 +113,9 @@ def why_not(one: Judged, best: Judged, wanted: Wanted) -> str:
         easier = "nothing has to change" if theirs.effort == "nothing" else f"{theirs.title} takes {theirs.effort}"
         return f"it would do too ({numbers}), but takes {mine.effort} where {easier}"
     if order(one, wanted)[3] > order(best, wanted)[3]:
-        return f"it would do too ({numbers}), but {mine.quality}"
+        return f"it would do too ({numbers}), but {_quality(mine, wanted)}"
     return f"it would do too, with no gain ({numbers})"
+
+
+def _quality(one: Alternative, wanted: Wanted) -> str:
+    return one.trained if wanted.planned and one.trained else one.quality

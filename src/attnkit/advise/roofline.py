@@ -12,6 +12,12 @@ from attnkit.advise.model import Model
 # Tokens of a prompt that are read at once; engines cut longer prompts, so that activations stay bounded.
 PREFILL_TOKENS = 8192
 MOST_REQUESTS = 1 << 20
+TRAINED_BYTES = 16
+"""Of a trained weight: itself and its gradient in 2 bytes each, a copy and two moments in 4 (ZeRO, 1910.02054)."""
+LIVE = 34
+"""Bytes of a token, in widths, that a layer holds for its gradient (Korthikanti et al. 2022, 2205.05198)."""
+PASSES = 4
+"""Of the arithmetic of reading: forward, forward again, and a backward pass of twice as much."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Load:
     concurrency: int
     source: int = 0
     shared: int = 0
+    train: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,12 +70,16 @@ class Estimate:
         return next(column for column in self.columns if column.name == name)
 
 
-def estimate(model: Model, hardware: Hardware, load: Load, page: int | None) -> Estimate:
+def estimate(model: Model, hardware: Hardware, load: Load, page: int | None, *, table: bool = False) -> Estimate:
     """Bytes and times of ``model``; ``page`` is the page of its cache, None for buffers as long as the worst case.
+
+    In training ``table`` says that all scores of a layer are held at once.
 
     What has to fit is ``concurrency`` requests of the 99th percentile on pages, and of the worst case in buffers, which
     are taken before a request's length is known.
     """
+    if load.train:
+        return _training(model, hardware, load, table)
     columns = load.lengths.columns
     worst = _reserved(model, columns["worst"], None, load.source)
     usable = int(hardware.memory * hardware.usable)
@@ -92,6 +103,26 @@ def estimate(model: Model, hardware: Hardware, load: Load, page: int | None) -> 
     once = _reserved(model, min(load.shared, p99.tokens), page, load.source) if load.shared else 0
     needed = once + load.concurrency * max(0, p99.reserved - once)
     return Estimate(model.weight_bytes, activations, usable, free, model.token_bytes(load.source), needed, tuple(found))
+
+
+def _training(model: Model, hardware: Hardware, load: Load, table: bool) -> Estimate:
+    """What training takes: weights with gradients and Adam, and the layers' inputs, each layer computed once more."""
+    usable = int(hardware.memory * hardware.usable)
+    weights = model.weights * TRAINED_BYTES
+    free = usable - weights
+    found = []
+    for name, tokens in load.lengths.columns.items():
+        held = len(model.layers) * tokens * model.width * model.itemsize + tokens * model.vocabulary * 4
+        layer = tokens * LIVE * model.width
+        # Scores and their gradients, of the layer at work.
+        scores = max((m.heads for m in model.mixers if m.mechanism == "softmax"), default=0) * tokens**2
+        taken = held + layer + (2 * scores * model.itemsize if table else 0)
+        once = prefill(model, hardware, tokens, load.source)
+        step = Time(load.concurrency * PASSES * once.seconds, once.part, once.bound)
+        fit = min(MOST_REQUESTS, max(0, free // taken))
+        found.append(Column(name, tokens, taken, taken, fit, step, step))
+    needed = load.concurrency * next(column.reserved for column in found if column.name == "p99")
+    return Estimate(weights, 0, usable, free, 0, needed, tuple(found))
 
 
 def _reserved(model: Model, tokens: int, page: int | None, source: int) -> int:

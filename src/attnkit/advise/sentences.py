@@ -40,11 +40,14 @@ def headline(answer: Answer) -> str:
     one, p99 = best.alternative, best.estimate.column("p99")
     step = seconds(p99.decode.seconds)
     numbers = f"{size(p99.cache)} of cache a request at p99, {p99.fit:,} fit, a step takes at least {step}"
+    if answer.load.train:
+        numbers = f"{size(p99.cache)} of activations a sequence at p99, {p99.fit:,} fit, a step takes at least {step}"
     if not best.meets:
         return f"Nothing meets all that is asked for. Closest is {one.title}: {best.short[0][0]}."
     keep = "Keep it as it is" if one.name == "as-is" else f"Take {one.title}"
     mode = "" if answer.wanted.planned else f" ({MODES[one.effort]})"
-    return f"{keep}{mode}: {numbers}. Mechanism: {mechanism(one)}. Cache: {one.how}. Backend: {backend(answer, one)}."
+    form = "How" if answer.load.train else "Cache"
+    return f"{keep}{mode}: {numbers}. Mechanism: {mechanism(one)}. {form}: {one.how}. Backend: {backend(answer, one)}."
 
 
 def mechanism(one: Alternative) -> str:
@@ -78,6 +81,8 @@ def hints(answer: Answer) -> Iterator[str]:
         "Times are bounds: no program on this hardware is faster. What has to fit is all requests at the 99th "
         "percentile, or of the worst case where a cache has no pages."
     )
+    if answer.hardware.count > 1:
+        yield f"{answer.hardware.count} processors count as one: what they have to tell each other takes no time here."
     for note in answer.model.notes:
         yield f"Note: {note}."
     if answer.model.unknown:

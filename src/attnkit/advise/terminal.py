@@ -35,29 +35,33 @@ def _parts(answer: Answer) -> Iterator[RenderableType]:
     yield Text(f"{hardware.title}: {size(hardware.memory)}, {hardware.bandwidth / 1e9:,.0f} GB/s  ({hardware.source})")
     yield Text(f"{asked(answer)}\n")
     yield Text.assemble(("Answer  ", "bold green"), headline(answer), "\n")
-    yield _columns("as it is", answer.base)
+    yield _columns(answer, answer.base)
     if answer.chosen is not answer.base:
         yield Text()
-        yield _columns(answer.chosen.alternative.title, answer.chosen)
+        yield _columns(answer, answer.chosen)
     yield Text()
     yield _ranking(answer)
     for hint in hints(answer):
         yield Text(f"\n{hint}", style="dim")
 
 
-def _columns(title: str, judged: Judged) -> RenderableType:
+def _columns(answer: Answer, judged: Judged) -> RenderableType:
     estimate = judged.estimate
-    made = table(title, *(f"{column.name} {length(column.tokens)}" for column in estimate.columns))
+    made = table(judged.alternative.title, *(f"{column.name} {length(column.tokens)}" for column in estimate.columns))
+    train = answer.load.train
     rows = (
-        ("cache of a request", [size(c.cache) for c in estimate.columns]),
-        ("requests that fit", [f"{c.fit:,}" for c in estimate.columns]),
-        ("prompt, at least", [seconds(c.prefill.seconds) for c in estimate.columns]),
+        ("activations of a sequence" if train else "cache of a request", [size(c.cache) for c in estimate.columns]),
+        ("sequences that fit" if train else "requests that fit", [f"{c.fit:,}" for c in estimate.columns]),
+        ("step, at least" if train else "prompt, at least", [seconds(c.prefill.seconds) for c in estimate.columns]),
         ("  bound by", [f"{c.prefill.bound}" for c in estimate.columns]),
         ("step, at least", [seconds(c.decode.seconds) for c in estimate.columns]),
         ("  bound by", [f"{c.decode.bound} of {c.decode.part}" for c in estimate.columns]),
     )
-    for name, cells in rows:
+    for name, cells in rows[: 4 if train else 6]:
         made.add_row(name, *cells)
+    if train:
+        words = f"weights with gradients and optimizer {size(estimate.weights)}, free {size(estimate.free)} of "
+        return Group(made, Text(f"{words}{size(estimate.usable)}", style="dim"))
     memory = (
         f"weights {size(estimate.weights)}, activations {size(estimate.activations)}, free for the cache "
         f"{size(estimate.free)} of {size(estimate.usable)}; a token adds {estimate.token:,} bytes"
@@ -68,7 +72,7 @@ def _columns(title: str, judged: Judged) -> RenderableType:
 def _ranking(answer: Answer) -> RenderableType:
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     made.add_column("")
-    for name in ("cache at p99", "fit", "prompt", "step"):
+    for name in ("bytes at p99" if answer.load.train else "cache at p99", "fit", "prompt", "step"):
         made.add_column(name, justify="right", no_wrap=True)
     made.add_column("why not")
     for effort in EFFORTS:

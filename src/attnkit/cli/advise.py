@@ -21,6 +21,7 @@ def verb(
     target: Annotated[str, typer.Option(help="ttft=2s,itl=50ms: first token, and every further one.")] = "",
     quality: Annotated[str, typer.Option(help='What has to stay: "recall matters", locality, streaming.')] = "",
     most: Annotated[Most, typer.Option(help="The most effort that is wanted.")] = "retraining",
+    train: Annotated[bool, typer.Option("--train", help="The question is how to train it on such lengths.")] = False,
     planned: Annotated[bool, typer.Option("--planned", help="The model is not trained yet.")] = False,
     source: Annotated[str, typer.Option(help="Tokens that cross-attention reads.")] = "",
     shared: Annotated[str, typer.Option(help="Tokens that all prompts start with.")] = "",
@@ -72,6 +73,7 @@ def verb(
         source=tokens(source, "source") if source else 0,
         shared=tokens(shared, "shared") if shared else 0,
         dtype=dtype,
+        train=train,
     )
     if json:
         from attnkit.advise.document import document
