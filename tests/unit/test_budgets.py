@@ -10,7 +10,7 @@ import torch
 from attnkit.registry import get
 from attnkit.spec import Sizes
 from attnkit.testing import runs
-from attnkit.testing.budgets import FORWARD, allowed, assert_distinct, assert_within
+from attnkit.testing.budgets import FORWARD, allowed, assert_distinct, assert_within, used
 
 SPEC = get("softmax")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -119,3 +119,16 @@ def test_a_changed_input_is_noticed() -> None:
     spec = dataclasses.replace(SPEC, backends=(Backend("spoils", lambda: spoils),))
     with pytest.raises(AssertionError, match="spoils changed its argument q"):
         runs.run(spec, "spoils", SPEC.sample(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_adds_up_over_layers_and_mistakes_are_seen_all_the_same(dtype: torch.dtype) -> None:
+    """What is too much rounding of one operation is little of many layers; a mistake is too much of both."""
+    numbers = torch.Generator().manual_seed(0)
+    gold = torch.randn(64, 64, generator=numbers, dtype=torch.float64)
+    noise = torch.randn(64, 64, generator=numbers, dtype=torch.float64) * torch.finfo(dtype).eps
+    naive, got = (gold + 8 * noise).to(dtype), (gold + 12 * noise.flip(0)).to(dtype)
+    if dtype == torch.bfloat16:
+        assert used(got, gold, naive, dtype).problem
+    assert used(got, gold, naive, dtype, depth=30).problem is None
+    assert used((gold * 1.3).to(dtype), gold, naive, dtype, depth=30).problem

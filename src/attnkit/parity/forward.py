@@ -28,8 +28,8 @@ def traced(model: Any, ids: Tensor, kept: Tensor | None = None, **options: Any) 
 def judged(got: Trace, gold: Trace, naive: Trace, dtype: torch.dtype, *, gradient: bool = False) -> Finding:
     """The verdict over every tensor of a trace, in order; the first one out of its budget is named."""
     largest = 0.0
-    for name, tensor in got.items():
-        use = used(tensor, gold[name].double(), naive[name], dtype, gradient=gradient, through_layers=True, what=name)
+    for depth, (name, tensor) in enumerate(got.items(), 1):
+        use = used(tensor, gold[name].double(), naive[name], dtype, gradient=gradient, depth=depth, what=name)
         if use.problem:
             return Finding(Verdict.CHANGED, use.problem, name, use.share)
         largest = max(largest, use.share)

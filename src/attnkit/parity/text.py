@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnkit.parity.caches import cache
 from attnkit.parity.record import Check, Finding, Lane, Verdict
-from attnkit.parity.subject import Subject
+from attnkit.parity.subject import Subject, layers
 from attnkit.testing.budgets import QUALITY, STORED, Quality, allowed
 
 PIECE = 64
@@ -117,8 +117,9 @@ def _greedy(subject: Subject, lane: Lane) -> Finding:
     place = int(differ[0])
     context = torch.cat([prompt[0], want[:place]])[None]
     gold, naive = (ask(f"greedy {place}", lambda model: _next(model, context)) for ask in (subject.true, subject.plain))
+    depth = len(layers(subject.model)) or 1
     gap = abs(gold[want[place]].item() - gold[got[place]].item())
-    bound = 2 * allowed(gold.double(), naive, subject.dtype) + _bounds(subject, name).gap
+    bound = 2 * allowed(gold.double(), naive, subject.dtype, depth=depth) + _bounds(subject, name).gap
     draw = gap <= bound
     says = (
         f"token {place} is the first that differs: the logits of the two are {gap:.2g} apart, and rounding may move "
