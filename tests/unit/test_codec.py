@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from attnkit.state import KVState, PagedKVState, PagePool
 from attnkit.state.codec import CHANNELS, GROUP, encode_affine, pack, packed_bytes, unpack
@@ -188,8 +188,10 @@ class PagedMachine(RuleBasedStateMachine):
         assert self.pool.free == PAGES - len(set(tables))
 
 
-TestPages = PagedMachine.TestCase
-TestPages.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+def test_lives_of_pages(full: bool) -> None:
+    count, steps = (2000, 100) if full else (40, 30)
+    lives = settings(max_examples=count, stateful_step_count=steps, deadline=None, derandomize=True)
+    run_state_machine_as_test(PagedMachine, settings=lives)
 
 
 def test_an_empty_pool_refuses_with_both_numbers() -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from attnkit.state import KVState, LayeredState, RecurrentState, TokenState, View, WindowState
 
@@ -163,23 +163,22 @@ class WindowWithoutSinksMachine(WindowMachine):
     window, sinks = 3, 0
 
 
-for machine in (KVMachine, TokenMachine, WindowMachine, WindowWithoutSinksMachine):
-    machine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
-TestKVState = KVMachine.TestCase
-TestTokenState = TokenMachine.TestCase
-TestWindowState = WindowMachine.TestCase
-TestWindowStateWithoutSinks = WindowWithoutSinksMachine.TestCase
+QUICK = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
+LONG = settings(QUICK, max_examples=2000, stateful_step_count=100)
+
+
+@pytest.mark.parametrize("machine", [KVMachine, TokenMachine, WindowMachine, WindowWithoutSinksMachine])
+def test_lives_of_states(machine: type[_Machine], full: bool) -> None:
+    run_state_machine_as_test(machine, settings=LONG if full else QUICK)
 
 
 def test_a_broken_ring_is_noticed() -> None:
     """The inverse: the machine fails when a ring writes one slot late after it wrapped."""
-    from hypothesis.stateful import run_state_machine_as_test
-
     from attnkit.registry import get
     from attnkit.testing.mutants.softmax import MUTANTS
 
     with MUTANTS["ring_off_by_one"].planted(get("softmax")), pytest.raises((AssertionError, ExceptionGroup)):
-        run_state_machine_as_test(WindowMachine, settings=WindowMachine.TestCase.settings)
+        run_state_machine_as_test(WindowMachine, settings=settings(QUICK, phases=[Phase.generate]))
 
 
 @pytest.mark.parametrize("kept", range(8))
@@ -207,6 +206,16 @@ def test_cropping_what_was_just_appended_leaves_no_trace(kept: int) -> None:
             assert set(after.positions[ranks].tolist()) <= set(order.tolist())
         else:
             assert torch.equal(after.k, k) and torch.equal(after.v, v)
+
+
+def test_no_tokens_change_nothing() -> None:
+    """After a crop a ring has a slot without a token, which an empty append once took for one."""
+    state = WindowState(1, 1, 3, KEY, VALUE)
+    state.append(*tokens(list(range(6)), [0]))
+    state.crop(5)
+    view = state.append(*tokens([], [0]))
+    state.check()
+    assert view.positions is not None and view.positions.tolist() == [3, 4]
 
 
 def test_a_sum_goes_back_to_where_a_snapshot_was_taken() -> None:

@@ -51,11 +51,12 @@ class RewrittenState(TokenState):
             last.copy_(x)
 
     def crop(self, length: int) -> None:
-        """Refused: the tokens to be forgotten have already changed the others."""
-        raise NotImplementedError(
-            f"RewrittenState.crop: cannot go back from {self.length} to {length} tokens, the later ones have rewritten "
-            f"the others: fork before drafting and go on from the fork"
-        )
+        """Refused but for where it changes nothing: the tokens to be forgotten have already changed the others."""
+        if length != self.length:
+            raise NotImplementedError(
+                f"RewrittenState.crop: cannot go back from {self.length} to {length} tokens, the later ones have "
+                f"rewritten the others: fork before drafting and go on from the fork"
+            )
 
     def select(self, rows: Tensor) -> Self:
         """A new state whose sequence ``i`` is a copy of sequence ``rows[i]`` (beam search, batch changes)."""

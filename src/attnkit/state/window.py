@@ -54,6 +54,8 @@ class WindowState:
         last.
         """
         m = check_new_tokens("WindowState.append", {"k": k, "v": v}, {"k": self._k, "v": self._v})
+        if m == 0:
+            return self.view()
         start, self.length = self.length, self.length + m
         new = torch.arange(start, self.length, device=self._k.device)
         if m == 1:
