@@ -41,6 +41,12 @@ inline bool threads_in_range(int64_t threads) { return threads >= 1 && threads <
 // Whether scratch memory starts where every kernel may put every type: at a whole cache line.
 inline bool aligned(const void* scratch) { return reinterpret_cast<uintptr_t>(scratch) % 64 == 0; }
 
+// The answer before a call runs, from the scratch memory it needs (or minus a status) and what it was given.
+inline int32_t scratch_status(int64_t needed, const void* scratch, int64_t bytes) {
+  if (needed < 0) return static_cast<int32_t>(-needed);
+  return needed > bytes || !aligned(scratch) || (needed > 0 && !scratch) ? ATTNKIT_SMALL_SCRATCH : ATTNKIT_OK;
+}
+
 // Of a softmax call, which other families have as well: a status, and whether its block list is in order. In softmax.cpp.
 int32_t check_softmax(const attnkit_softmax& call);
 bool list_is_good(const attnkit_softmax& call);

@@ -81,8 +81,8 @@ int64_t attnkit_softmax_forward_scratch_bytes(const attnkit_softmax* call) { ret
 int32_t attnkit_softmax_forward(const attnkit_softmax* call, void* scratch, int64_t bytes) {
   const Level& at = level();
   const int64_t needed = scratch_bytes(at, *call);
-  if (needed < 0) return static_cast<int32_t>(-needed);
-  if (needed > bytes || !aligned(scratch) || (needed > 0 && !scratch)) return ATTNKIT_SMALL_SCRATCH;
+  const int32_t status = scratch_status(needed, scratch, bytes);
+  if (status != ATTNKIT_OK) return status;
   if (nothing_to_do(*call)) return ATTNKIT_OK;
   if (call->offsets && !list_is_good(*call)) return ATTNKIT_BAD_MASK;
   at.softmax.forward(*call, static_cast<char*>(scratch));
@@ -97,8 +97,8 @@ int64_t attnkit_softmax_backward_scratch_bytes(const attnkit_softmax* call, cons
 int32_t attnkit_softmax_backward(const attnkit_softmax* call, const attnkit_softmax_gradients* gradients, void* scratch,
                                  int64_t scratch_bytes) {
   const int64_t needed = attnkit_softmax_backward_scratch_bytes(call, gradients);
-  if (needed < 0) return static_cast<int32_t>(-needed);
-  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
+  const int32_t status = scratch_status(needed, scratch, scratch_bytes);
+  if (status != ATTNKIT_OK) return status;
   level().softmax.backward(*call, *gradients, static_cast<char*>(scratch));
   return ATTNKIT_OK;
 }

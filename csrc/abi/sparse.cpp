@@ -45,7 +45,7 @@ bool check(const attnkit_block_list& s, int64_t index) {
 }
 
 int32_t check(const attnkit_block_list& s) {
-  if (s.count < 1 || s.count > kMostNodes || s.batches < 0 || s.heads < 0 || s.m < 0 || s.n < 0 || s.m >= kLargest ||
+  if (s.count < 1 || s.count > kMostNodes || !in_range({{s.batches, 0}, {s.heads, 0}, {s.m, 0}}) || s.m < 0 || s.n < 0 || s.m >= kLargest ||
       s.n >= kLargest || s.block_q < 1 || s.block_q >= kLargest || s.block_k < 1 || s.block_k > 64)
     return ATTNKIT_BAD_SIZE;
   for (int64_t i = 0; i < s.count; ++i)
@@ -53,29 +53,41 @@ int32_t check(const attnkit_block_list& s) {
   return ATTNKIT_OK;
 }
 
+// What three calls have alike: one array of queries, keys and values each.
+template <class Call>
+bool arrays_are_good(const Call& s, int64_t keys) {
+  return s.g >= 1 && s.h >= 1 && s.h % s.g == 0 && s.m <= s.n && s.n < kLargest && s.d >= 1 && s.d < kLargest &&
+         s.e >= 1 && s.e < kLargest && threads_in_range(s.threads) && s.scale > 0 &&
+         in_range({{s.b, s.q_b}, {s.h, s.q_h}, {s.m, s.q_m}, {s.d, 1}}) &&
+         in_range({{s.b, s.k_b}, {s.g, s.k_g}, {keys, s.k_n}, {s.d, 1}}) &&
+         in_range({{s.b, s.v_b}, {s.g, s.v_g}, {keys, s.v_n}, {s.e, 1}}) &&
+         (s.b == 0 || s.m == 0 || (s.q && s.o && (keys == 0 || (s.k && s.v))));
+}
+
 int32_t check(const attnkit_selected& s) {
   if (s.dtype < ATTNKIT_FLOAT32 || s.dtype > ATTNKIT_FLOAT16) return ATTNKIT_BAD_DTYPE;
-  if (s.b < 0 || s.g < 1 || s.lists < 1 || s.h < 1 || s.h % s.lists != 0 || s.lists % s.g != 0 || s.m < 0 ||
-      s.m > s.n || s.n >= kLargest || s.d < 1 || s.e < 1 || s.s < 0 || s.s > kLargest / (s.s + 1) || s.block < 1 ||
-      s.threads < 1 || !(s.scale > 0))
+  if (!arrays_are_good(s, s.n) || !in_range({{s.b, s.o_b}, {s.h, s.o_h}, {s.m, s.o_m}, {s.e, 1}})) return ATTNKIT_BAD_SIZE;
+  // A span's entries are counted in 32 bits: at most 1024 queries with s blocks each and their own.
+  if (s.lists < 1 || s.h % s.lists != 0 || s.lists % s.g != 0 || s.s < 0 || s.s >= kLargest / 2048 || s.block < 1 ||
+      s.block >= kLargest || !in_range({{s.b, 0}, {s.lists, 0}, {s.m, 0}, {s.s, 1}}))
     return ATTNKIT_BAD_SIZE;
-  return ATTNKIT_OK;
+  return s.chosen || s.s == 0 || s.b == 0 || s.m == 0 ? ATTNKIT_OK : ATTNKIT_BAD_SIZE;
 }
 
 int32_t check(const attnkit_coarse& s) {
   if (s.dtype < ATTNKIT_FLOAT32 || s.dtype > ATTNKIT_FLOAT16) return ATTNKIT_BAD_DTYPE;
-  if (s.b < 0 || s.g < 1 || s.h < 1 || s.h % s.g != 0 || s.m < 0 || s.m > s.n || s.n >= kLargest || s.c < 0 ||
-      s.c >= kLargest || s.d < 1 || s.e < 1 || s.s < 0 || s.s >= kLargest || s.stride < 1 || s.length < s.stride ||
-      s.length % s.stride != 0 || s.length >= kLargest || s.block < s.stride || s.block % s.stride != 0 ||
-      s.block >= kLargest || s.threads < 1 || !(s.scale > 0))
+  if (s.c < 0 || s.c >= kLargest || !arrays_are_good(s, s.c)) return ATTNKIT_BAD_SIZE;
+  if (s.s < 0 || s.s >= kLargest || s.stride < 1 || s.length < s.stride || s.length % s.stride != 0 ||
+      s.length >= kLargest || s.block < s.stride || s.block % s.stride != 0 || s.block >= kLargest ||
+      !in_range({{s.b, 0}, {s.h, 0}, {s.m, 0}, {s.e, 1}}) || !in_range({{s.b, 0}, {s.g, 0}, {s.m, 0}, {s.s, 1}}))
     return ATTNKIT_BAD_SIZE;
-  return ATTNKIT_OK;
+  return s.chosen || s.s == 0 || s.b == 0 || s.m == 0 ? ATTNKIT_OK : ATTNKIT_BAD_SIZE;
 }
 
 int32_t check(const attnkit_indexer& s) {
   if (s.dtype < ATTNKIT_FLOAT32 || s.dtype > ATTNKIT_FLOAT16) return ATTNKIT_BAD_DTYPE;
-  if (s.g < 1 || s.h < 1 || s.h % s.g != 0 || s.m > s.n || s.n >= kLargest || s.d < 1 || s.top < 1 ||
-      s.top >= kLargest || !threads_in_range(s.threads))
+  if (s.g < 1 || s.h < 1 || s.h % s.g != 0 || s.m > s.n || s.n >= kLargest || s.d < 1 ||
+      s.d >= kLargest || s.top < 1 || s.top >= kLargest || !threads_in_range(s.threads))
     return ATTNKIT_BAD_SIZE;
   if (!in_range({{s.b, s.q_b}, {s.h, s.q_h}, {s.m, s.q_m}, {s.d, 1}}) ||
       !in_range({{s.b, s.k_b}, {s.g, s.k_g}, {s.n, s.k_n}, {s.d, 1}}) ||
@@ -88,7 +100,7 @@ int32_t check(const attnkit_indexer& s) {
 int32_t check(const attnkit_gates& s) {
   if (s.dtype < ATTNKIT_FLOAT32 || s.dtype > ATTNKIT_FLOAT16) return ATTNKIT_BAD_DTYPE;
   if (s.g < 1 || s.h < 1 || s.h % s.g != 0 || s.m > s.n || s.n >= kLargest || s.c < 0 || s.c >= kLargest || s.d < 1 ||
-      s.s < 0 || s.s >= kLargest || s.block < 1 || s.block >= kLargest || !threads_in_range(s.threads))
+      s.d >= kLargest || s.s < 0 || s.s >= kLargest || s.block < 1 || s.block >= kLargest || !threads_in_range(s.threads))
     return ATTNKIT_BAD_SIZE;
   if (!in_range({{s.b, s.q_b}, {s.h, s.q_h}, {s.m, s.q_m}, {s.d, 1}}) ||
       !in_range({{s.b, 0}, {s.g, 0}, {s.c, 0}, {s.d, 1}}) || !in_range({{s.b, 0}, {s.h, 0}, {s.m, 0}, {s.s, 1}}))
@@ -100,16 +112,22 @@ int32_t check(const attnkit_gates& s) {
 int32_t check(const attnkit_softmax& s, const attnkit_topk& kept) {
   const int32_t status = check_softmax(s);
   if (status != ATTNKIT_OK) return status;
-  if (s.bias || s.alibi || s.sink || s.lse || s.softcap != 0.0f || s.n >= kLargest) return ATTNKIT_BAD_SIZE;
+  if (s.bias || s.alibi || s.sink || s.lse || s.softcap != 0.0f || s.n >= kLargest || s.d >= kLargest) return ATTNKIT_BAD_SIZE;
   // Every one of 48 rows has scratch memory for twice as many keys as it keeps.
   if (kept.most < 0 || kept.most > s.n || !kept.kept) return ATTNKIT_BAD_SIZE;
   return ATTNKIT_OK;
 }
 
-bool kept_are_good(const attnkit_softmax& s, const attnkit_topk& kept) {
+// What only a look into the arrays of a call can tell: a status.
+template <class... Call>
+int32_t check_contents(const Call&...) {
+  return ATTNKIT_OK;
+}
+int32_t check_contents(const attnkit_softmax& s, const attnkit_topk& kept) {
+  if (s.offsets && !list_is_good(s)) return ATTNKIT_BAD_MASK;
   for (int64_t seen = 0; seen <= s.n; ++seen)
-    if (kept.kept[seen] < 0 || kept.kept[seen] > kept.most) return false;
-  return true;
+    if (kept.kept[seen] < 0 || kept.kept[seen] > kept.most) return ATTNKIT_BAD_SIZE;
+  return ATTNKIT_OK;
 }
 
 bool nothing_to_do(const attnkit_softmax& s) { return s.b == 0 || s.m == 0; }
@@ -117,6 +135,30 @@ bool nothing_to_do(const attnkit_gates& s) { return s.b == 0 || s.m == 0 || s.s 
 bool nothing_to_do(const attnkit_indexer& s) { return s.b == 0 || s.m == 0; }
 bool nothing_to_do(const attnkit_coarse& s) { return s.b == 0 || s.m == 0; }
 bool nothing_to_do(const attnkit_selected& s) { return s.b == 0 || s.m == 0; }
+bool nothing_to_do(const attnkit_block_list&) { return false; }
+template <class Call, class More>
+bool nothing_to_do(const Call& s, const More&) {
+  return nothing_to_do(s);
+}
+
+// The level is an argument: another thread may choose one between two looks.
+template <class... Call>
+int64_t scratch_bytes(const SparseKernels& at, int64_t (*SparseKernels::*bytes)(const Call&...), const Call&... call) {
+  const int32_t status = check(call...);
+  if (status != ATTNKIT_OK) return -status;
+  return nothing_to_do(call...) ? 0 : (at.*bytes)(call...);
+}
+
+template <class Kernel, class... Call>
+int32_t run(int64_t (*SparseKernels::*bytes)(const Call&...), Kernel kernel, void* scratch, int64_t given,
+            const Call&... call) {
+  const SparseKernels& at = level().sparse;
+  int32_t status = scratch_status(scratch_bytes(at, bytes, call...), scratch, given);
+  if (status != ATTNKIT_OK || nothing_to_do(call...)) return status;
+  status = check_contents(call...);
+  if (status == ATTNKIT_OK) (at.*kernel)(call..., static_cast<char*>(scratch));
+  return status;
+}
 
 }  // namespace
 }  // namespace attnkit
@@ -124,16 +166,10 @@ bool nothing_to_do(const attnkit_selected& s) { return s.b == 0 || s.m == 0; }
 using namespace attnkit;
 
 int64_t attnkit_block_bounds_scratch_bytes(const attnkit_block_list* call) {
-  const int32_t status = check(*call);
-  return status == ATTNKIT_OK ? level().sparse.block_list_scratch_bytes(*call) : -status;
+  return scratch_bytes(level().sparse, &SparseKernels::block_list_scratch_bytes, *call);
 }
-
-int32_t attnkit_block_bounds(const attnkit_block_list* call, void* scratch, int64_t scratch_bytes) {
-  const int64_t needed = attnkit_block_bounds_scratch_bytes(call);
-  if (needed < 0) return static_cast<int32_t>(-needed);
-  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
-  level().sparse.block_bounds(*call, static_cast<char*>(scratch));
-  return ATTNKIT_OK;
+int32_t attnkit_block_bounds(const attnkit_block_list* call, void* scratch, int64_t bytes) {
+  return run(&SparseKernels::block_list_scratch_bytes, &SparseKernels::block_bounds, scratch, bytes, *call);
 }
 
 int64_t attnkit_block_list_fill_scratch_bytes(const attnkit_block_list* call) {
@@ -141,85 +177,28 @@ int64_t attnkit_block_list_fill_scratch_bytes(const attnkit_block_list* call) {
     return -ATTNKIT_BAD_SIZE;
   return attnkit_block_bounds_scratch_bytes(call);
 }
-
-int32_t attnkit_block_list_fill(const attnkit_block_list* call, void* scratch, int64_t scratch_bytes) {
-  const int64_t needed = attnkit_block_list_fill_scratch_bytes(call);
-  if (needed < 0) return static_cast<int32_t>(-needed);
-  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
-  level().sparse.block_list(*call, static_cast<char*>(scratch));
-  return ATTNKIT_OK;
+int32_t attnkit_block_list_fill(const attnkit_block_list* call, void* scratch, int64_t bytes) {
+  const int32_t status = scratch_status(attnkit_block_list_fill_scratch_bytes(call), scratch, bytes);
+  return status != ATTNKIT_OK
+             ? status
+             : run(&SparseKernels::block_list_scratch_bytes, &SparseKernels::block_list, scratch, bytes, *call);
 }
 
-int64_t attnkit_selected_forward_scratch_bytes(const attnkit_selected* call) {
-  const int32_t status = check(*call);
-  if (status != ATTNKIT_OK) return -status;
-  return nothing_to_do(*call) ? 0 : level().sparse.selected_scratch_bytes(*call);
-}
-
-int32_t attnkit_selected_forward(const attnkit_selected* call, void* scratch, int64_t scratch_bytes) {
-  const int64_t needed = attnkit_selected_forward_scratch_bytes(call);
-  if (needed < 0) return static_cast<int32_t>(-needed);
-  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
-  if (!nothing_to_do(*call)) level().sparse.selected(*call, static_cast<char*>(scratch));
-  return ATTNKIT_OK;
-}
-
-int64_t attnkit_coarse_forward_scratch_bytes(const attnkit_coarse* call) {
-  const int32_t status = check(*call);
-  if (status != ATTNKIT_OK) return -status;
-  return nothing_to_do(*call) ? 0 : level().sparse.coarse_scratch_bytes(*call);
-}
-
-int32_t attnkit_coarse_forward(const attnkit_coarse* call, void* scratch, int64_t scratch_bytes) {
-  const int64_t needed = attnkit_coarse_forward_scratch_bytes(call);
-  if (needed < 0) return static_cast<int32_t>(-needed);
-  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
-  if (!nothing_to_do(*call)) level().sparse.coarse(*call, static_cast<char*>(scratch));
-  return ATTNKIT_OK;
-}
-
-int64_t attnkit_gates_forward_scratch_bytes(const attnkit_gates* call) {
-  const int32_t status = check(*call);
-  if (status != ATTNKIT_OK) return -status;
-  return nothing_to_do(*call) ? 0 : level().sparse.gates_scratch_bytes(*call);
-}
-
-int32_t attnkit_gates_forward(const attnkit_gates* call, void* scratch, int64_t scratch_bytes) {
-  const int64_t needed = attnkit_gates_forward_scratch_bytes(call);
-  if (needed < 0) return static_cast<int32_t>(-needed);
-  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
-  if (!nothing_to_do(*call)) level().sparse.gates(*call, static_cast<char*>(scratch));
-  return ATTNKIT_OK;
-}
-
-int64_t attnkit_indexer_forward_scratch_bytes(const attnkit_indexer* call) {
-  const int32_t status = check(*call);
-  if (status != ATTNKIT_OK) return -status;
-  return nothing_to_do(*call) ? 0 : level().sparse.indexer_scratch_bytes(*call);
-}
-
-int32_t attnkit_indexer_forward(const attnkit_indexer* call, void* scratch, int64_t scratch_bytes) {
-  const int64_t needed = attnkit_indexer_forward_scratch_bytes(call);
-  if (needed < 0) return static_cast<int32_t>(-needed);
-  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
-  if (!nothing_to_do(*call)) level().sparse.indexer(*call, static_cast<char*>(scratch));
-  return ATTNKIT_OK;
-}
+#define ATTNKIT_SPARSE_CALL(name)                                                                             \
+  int64_t attnkit_##name##_forward_scratch_bytes(const attnkit_##name* call) {                                \
+    return scratch_bytes(level().sparse, &SparseKernels::name##_scratch_bytes, *call);                        \
+  }                                                                                                           \
+  int32_t attnkit_##name##_forward(const attnkit_##name* call, void* scratch, int64_t bytes) {                \
+    return run(&SparseKernels::name##_scratch_bytes, &SparseKernels::name, scratch, bytes, *call);            \
+  }
+ATTNKIT_SPARSE_CALL(selected)
+ATTNKIT_SPARSE_CALL(coarse)
+ATTNKIT_SPARSE_CALL(gates)
+ATTNKIT_SPARSE_CALL(indexer)
 
 int64_t attnkit_topk_forward_scratch_bytes(const attnkit_softmax* call, const attnkit_topk* kept) {
-  const int32_t status = check(*call, *kept);
-  if (status != ATTNKIT_OK) return -status;
-  return nothing_to_do(*call) ? 0 : level().sparse.topk_scratch_bytes(*call, *kept);
+  return scratch_bytes(level().sparse, &SparseKernels::topk_scratch_bytes, *call, *kept);
 }
-
-int32_t attnkit_topk_forward(const attnkit_softmax* call, const attnkit_topk* kept, void* scratch,
-                             int64_t scratch_bytes) {
-  const int64_t needed = attnkit_topk_forward_scratch_bytes(call, kept);
-  if (needed < 0) return static_cast<int32_t>(-needed);
-  if (needed > scratch_bytes) return ATTNKIT_SMALL_SCRATCH;
-  if (nothing_to_do(*call)) return ATTNKIT_OK;
-  if (call->offsets && !list_is_good(*call)) return ATTNKIT_BAD_MASK;
-  if (!kept_are_good(*call, *kept)) return ATTNKIT_BAD_SIZE;
-  level().sparse.topk(*call, *kept, static_cast<char*>(scratch));
-  return ATTNKIT_OK;
+int32_t attnkit_topk_forward(const attnkit_softmax* call, const attnkit_topk* kept, void* scratch, int64_t bytes) {
+  return run(&SparseKernels::topk_scratch_bytes, &SparseKernels::topk, scratch, bytes, *call, *kept);
 }
