@@ -240,13 +240,13 @@ def _run(
 
     ``mask`` is lowered to a block list; the interval bounds visibility beside it.
     """
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = rows(q), rows(k), rows(v)
     o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
     # The backward pass makes scores again in prefill's order: where one weight is nearly 1, another order's rounding of
     # a large score would be an error of that weight.
     kernel = native.DECODE if q.shape[2] <= MOST_DECODE_QUERIES and rest is None else native.PREFILL
-    blocks = _blocks(mask, q, k)
-    call = _packed(q, k, v, o, lse, rest, blocks, left, right, scale, bias, alibi, softcap, sink, kernel)
+    blocks = block_list(mask, q, k)
+    call = packed(q, k, v, o, lse, rest, blocks, left, right, scale, bias, alibi, softcap, sink, kernel)
     native.run("softmax_forward", call)
     return o
 
@@ -275,11 +275,11 @@ def _run_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, bias and sink in their shapes; None for each that is not wanted."""
-    q, k, v, o = _rows(q), _rows(k), _rows(v), _rows(o)
-    d_o = torch.zeros_like(o) if d_o is None else _rows(d_o)
+    q, k, v, o = rows(q), rows(k), rows(v), rows(o)
+    d_o = torch.zeros_like(o) if d_o is None else rows(d_o)
     d_lse = None if d_lse is None else d_lse.contiguous()
-    blocks = _blocks(mask, q, k)
-    call = _packed(q, k, v, o, lse, rest, blocks, left, right, scale, bias, alibi, softcap, sink, native.PREFILL)
+    blocks = block_list(mask, q, k)
+    call = packed(q, k, v, o, lse, rest, blocks, left, right, scale, bias, alibi, softcap, sink, native.PREFILL)
     d_q, d_k, d_v = (x.new_empty(x.shape) if want else None for x, want in zip((q, k, v), wanted, strict=False))
     d_bias = torch.zeros(bias.shape) if bias is not None and wanted[3] else None
     d_sink = torch.empty(sink.shape) if sink is not None and wanted[4] else None
@@ -295,13 +295,14 @@ def _run_backward(
     return d_q, d_k, d_v, d_bias, d_sink
 
 
-def _blocks(mask: Mask | None, q: Tensor, k: Tensor) -> BlockList | None:
+def block_list(mask: Mask | None, q: Tensor, k: Tensor) -> BlockList | None:
+    """The mask's list in the blocks of the kernels."""
     if mask is None:
         return None
     return mask.block_list(q.shape[2], k.shape[2], native.BLOCK_QUERIES, native.BLOCK_KEYS)
 
 
-def _packed(
+def packed(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -343,7 +344,7 @@ def _packed(
     )
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
     """Rows without gaps between their numbers, which is all the kernels ask of a layout."""
     return x if x.stride()[3] == 1 else x.contiguous()
 

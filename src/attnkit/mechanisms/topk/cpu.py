@@ -8,10 +8,10 @@ from torch import Tensor
 from attnkit import native
 from attnkit.masks import UNBOUNDED, Mask
 from attnkit.mechanisms.softmax import softmax_attention
+from attnkit.mechanisms.softmax.cpu import MOST_SIZE, block_list, packed, rows
 from attnkit.mechanisms.topk.counts import kept, most
 from attnkit.spec import Call
 
-MOST_SIZE = 576
 FEWEST_QUERIES = 4
 """Fewer are left to the chunk backend, which packs no keys for them."""
 
@@ -43,32 +43,20 @@ def declines(call: Call) -> tuple[str, ...]:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, top: int | None, density: float | None, mask: Mask | None, scale: float
 ) -> Tensor:
-    (b, h, m, d), (g, n, e) = q.shape, v.shape[1:]
+    (b, h, m), (n, e) = q.shape[:3], v.shape[2:]
     longest = most(n, top, density)
     if longest >= n:
         o: Tensor = softmax_attention(q, k, v, mask=mask, scale=scale)
         return o
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = rows(q), rows(k), rows(v)
     counts = kept(torch.arange(n + 1), top, density).to(torch.int32)
     interval = (UNBOUNDED, UNBOUNDED) if mask is None else mask.interval()
-    blocks = None
-    if mask is not None and interval is None:
-        blocks = mask.block_list(m, n, native.BLOCK_QUERIES, native.BLOCK_KEYS)
-    listed = () if blocks is None else (blocks.offsets, blocks.columns, blocks.pattern, blocks.patterns)
-    o = q.new_empty(b, h, m, e)
+    blocks = block_list(mask if interval is None else None, q, k)
+    left, right = interval or (UNBOUNDED, UNBOUNDED)
+    o = torch.empty((b, h, m, e), dtype=q.dtype)
     native.run(
         "topk_forward",
-        native.pack_softmax(
-            *(x.data_ptr() for x in (q, k, v, o)),
-            *(0, 0, 0, 0),
-            *((x.data_ptr() for x in listed) if listed else (0, 0, 0, 0)),
-            *(b, h, g, m, n, d, e),
-            *(step for x in (q, k, v, o) for step in x.stride()[:3]),
-            *(0, 0, 0, 0),
-            *(interval or (UNBOUNDED, UNBOUNDED)),
-            *((1, 1) if blocks is None else (blocks.batches, blocks.heads)),
-            *(torch.get_num_threads(), native.DTYPES[q.dtype], native.PREFILL, scale, 0.0),
-        ),
+        packed(q, k, v, o, None, None, blocks, left, right, scale, None, None, None, None, native.PREFILL),
         native.pack_topk(counts.data_ptr(), longest),
     )
     return o
