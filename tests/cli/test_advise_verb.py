@@ -39,3 +39,21 @@ def test_a_config_of_a_checkpoint_is_read_from_its_folder(run: Any, tmp_path: Pa
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = run("advise", tmp_path, "--hardware", "t4", "--lengths", "1k")
     assert "mystery_key" in done.out
+
+
+def test_the_limits_of_this_machine_are_hardware(run: Any, tmp_path: Path) -> None:
+    path = tmp_path / "here.toml"
+    path.write_text(run("bench", "--limits", "--threads", "1").out)
+    found = run("advise", "smollm2-135m", "--hardware", path, "--lengths", "1k", "--json").json["hardware"]
+    assert found["measured"] and found["source"] == "measured here by attnkit bench --limits"
+    assert found["bandwidth"] > 1e8 and found["rates"]["float32"] > 1e8
+
+
+def test_a_layer_is_built_and_has_the_bytes_that_were_predicted(run: Any, tmp_path: Path) -> None:
+    config = {"model_type": "gemma2", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 99, "intermediate_size": 96, "sliding_window": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    lines = run("advise", tmp_path, "--check", "--dtype", "float32", "--json").json
+    assert [line["bytes_equal"] for line in lines] == [True, True]
+    assert [line["allocated_bytes"] for line in lines] == [8 * 2 * 32 * 4, 4096 * 2 * 32 * 4]
+    assert all(line["measured_step"] > 0 and line["measured_prompt"] > 0 for line in lines)

@@ -84,8 +84,7 @@ def trainings(model: Model) -> Iterator[Alternative | Unsuited]:
     tiles = "scores are made tile by tile and never kept (backends sdpa, flex and cpu)"
     yield Alternative("as-is", "a table of all scores", "nothing", 0, "the same numbers", held, model, table=True)
     yield Alternative("tiled", "a tiled kernel", SWITCH, 0, "the same numbers", tiles, model)
-    for one in (*_fewer_heads(model), *_mechanisms(model)):
-        yield one
+    yield from (*_fewer_heads(model), *_mechanisms(model))
 
 
 def softmax_layers(model: Model) -> list[Mixer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Mapping
@@ -66,6 +67,8 @@ def table() -> dict[str, Hardware]:
 
 def find(text: str) -> Hardware:
     """The hardware that ``text`` names: ``h100-sxm``, ``8xh200``, or a TOML file with one table or more."""
+    if text == "here":
+        return here()
     path = Path(text)
     if path.suffix == ".toml" or path.is_file():
         return _from_file(path)
@@ -79,6 +82,42 @@ def find(text: str) -> Hardware:
             f"hardware is {text!r}{hint}, expected one of {', '.join(known)}, several as 8xh200, a .toml file, or here"
         )
     return known[name] if count == 1 else known[name].times(count)
+
+
+def here() -> Hardware:
+    """This machine, as ``attnkit bench --limits`` measures it now with all of torch's threads; a fifth of a second."""
+    import os
+
+    import torch
+
+    from attnkit import bench
+
+    threads = torch.get_num_threads()
+    found = bench.limits([threads])
+    rates = {"float32": found.fma_gflops[threads] * 1e9}
+    if found.dot_gflops:
+        rates["bfloat16"] = found.dot_gflops[threads] * 1e9
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    title = f"{bench.cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
+    source = "measured here by attnkit bench --limits"
+    return Hardware("here", title, "cpu", memory, found.read_gbs[threads] * 1e9, rates, source, measured=True)
+
+
+def as_toml(found: Hardware) -> str:
+    """A table that ``find`` reads from a file."""
+    rates = ", ".join(f"{name} = {rate / 1e12:.4g}" for name, rate in found.rates.items())
+    return "\n".join(
+        (
+            f"[{found.name}]",
+            f"title = {json.dumps(found.title)}",
+            f'kind = "{found.kind}"',
+            f"memory = {found.memory / GIB:.4g}",
+            f"bandwidth = {found.bandwidth / 1e9:.4g}",
+            f"rates = {{ {rates} }}",
+            f"source = {json.dumps(found.source)}",
+            f"measured = {str(found.measured).lower()}",
+        )
+    )
 
 
 def _from_file(path: Path) -> Hardware:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -15,11 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from attnkit import bench, native
+from attnkit.advise.hardware import as_toml, here
 from attnkit.bench import Case, Line
 from attnkit.bench.base import compare
 from attnkit.bench.memory import works
 from attnkit.bench.peers import ENGINES, NAMES, require
-from attnkit.cli.output import Json, StoppedError, console, table
+from attnkit.cli.output import Json, StoppedError, console, emit, table
 from attnkit.registry import get, mechanisms
 
 
@@ -88,6 +90,9 @@ def verb(
     memory: Annotated[bool, typer.Option("--memory", help="Peak memory of each mechanism instead of times.")] = False,
     show: Annotated[Path | None, typer.Option(help="Print the table of this results file, measure nothing.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 when a floor is missed.")] = False,
+    limits: Annotated[
+        bool, typer.Option("--limits", help="The limits alone, as hardware for advise.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Time the native kernels beside their peers, and beside the most that this machine can do.
@@ -108,9 +113,12 @@ def verb(
     A whole run is kept in benchmarks/results/DATE-LEVEL.jsonl in a source checkout, in attnkit-bench.jsonl elsewhere.
     With --quick, --suite, --only or --base nothing is kept unless --out names a file. --json prints the same lines.
 
+    --limits prints arithmetic and reading memory alone, in the form that attnkit advise --hardware FILE.toml takes.
+
     Examples:
 
         attnkit bench --quick
+        attnkit bench --limits > here.toml
         attnkit bench --only K5 --threads 1 --out decode.jsonl
         attnkit bench --suite decode,linear --level v3
         attnkit bench --only K1 --base HEAD~1
@@ -118,6 +126,11 @@ def verb(
         attnkit bench --show benchmarks/results/2026-11-22-v4bf16.jsonl
     """
     path = None
+    if limits:
+        with _threads(threads or torch.get_num_threads()), _level(level):
+            found = here()
+        emit({"kind": "limits", **asdict(found)}) if json else print(as_toml(found))
+        return
     if show is not None:
         lines = bench.read(show)
         if not _rows(lines) or not {"limits", "memory", "pair"}.intersection(line["kind"] for line in lines):
