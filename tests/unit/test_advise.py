@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from html import escape
+from pathlib import Path
 
 import pytest
 
 from attnkit.advise import advise, from_config
+from attnkit.advise.claims import CLAIMS
+from attnkit.advise.claims import table as table_of_claims
 from attnkit.advise.hardware import find, table
 from attnkit.advise.lengths import parse
+from attnkit.advise.page import write
 from attnkit.advise.words import duration, quality, seconds, size, targets
+from attnkit.cli.advise import command
 
 LLAMA = {
     "model_type": "llama",
@@ -74,8 +80,8 @@ def test_percentiles_are_met_and_rise() -> None:
     assert 2048 < lengths.mean < 98304
 
 
-def test_a_file_of_lengths_is_a_distribution(tmp_path: object) -> None:
-    path = tmp_path / "lengths.txt"  # type: ignore[operator]
+def test_a_file_of_lengths_is_a_distribution(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.txt"
     path.write_text("# tokens\n" + "\n".join(str(n) for n in range(1, 101)) + "\n\n4k\n")
     lengths = parse(str(path))
     assert (lengths.at(0.5), lengths.worst) == (51, 4096)
@@ -99,3 +105,48 @@ def test_words_and_units() -> None:
     assert [size(n) for n in (5, 1 << 20, 70 << 30)] == ["5 B", "1.0 MiB", "70.0 GiB"]
     assert [seconds(t) for t in (2.0, 0.0353, 3e-7)] == ["2 s", "35.3 ms", "0.3 us"]
     assert math.isclose(duration("1.5ms", "t"), 0.0015)
+
+
+def test_claims_are_all_there_with_the_verdicts_of_their_numbers() -> None:
+    verdicts = {claim.number: claim.verdict for claim in CLAIMS}
+    assert list(verdicts) == list(range(1, 39))
+    assert [n for n, verdict in verdicts.items() if verdict == "W"] == [2, 3, 10, 15, 16, 23, 29, 30, 31]
+    checks = {claim.number: claim.check() for claim in CLAIMS}
+    for number, words in {
+        1: "32.0 GiB for one head",
+        2: "75.0% less (131,072 bytes a token for 524,288); 87.5% less",
+        4: "98.2% less than as many full heads (3,997,696), 71.9% less than 8 KV heads",
+        6: "4.0 GiB with 32 heads and 1.0 GiB with 8",
+        13: "24,576 tokens for a width of 4,096",
+        14: "a step is bound by memory, a prompt by arithmetic",
+        25: "32,768 in all",
+        33: "1.3125",
+        37: "an H100 has 295",
+    }.items():
+        assert words in checks[number]
+    assert table_of_claims().count("\n") == 40
+
+
+def test_the_page_stands_alone_and_says_how_to_repeat_it(tmp_path: Path) -> None:
+    named = LLAMA | {"_name_or_path": "<b>mine</b>"}
+    answer = advise(named, hardware="a10", lengths="p50=2k,p99=6k,max=8k", concurrency=16)
+    write(answer, tmp_path / "a.html", "attnkit advise x")
+    text = (tmp_path / "a.html").read_text()
+    assert "http" not in text.replace("http-equiv", "") and "<script" not in text
+    assert "&lt;b&gt;mine&lt;/b&gt;" in text and "<b>" not in text
+    assert "<pre>attnkit advise x</pre>" in text
+    for judged in answer.ranked[1:]:
+        assert escape(answer.decision.rejected[judged.alternative.name][0]) in text
+    assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
+
+
+def test_the_command_is_repeated_without_the_page() -> None:
+    assert command(["advise", "x", "--html", "a b.html", "--lengths", "1k"]) == "attnkit advise x --lengths 1k"
+
+
+def test_narrow_weights_are_multiplied_at_the_narrow_rate() -> None:
+    wide = advise("deepseek-v3", hardware="8xh200", lengths="8k").base.estimate.column("p99").prefill
+    slow = advise("deepseek-v3", hardware="8xmi300x", lengths="8k").base.estimate.column("p99").prefill
+    body = 2 * 8192 * 36.6e9 / (8 * 1979e12)
+    assert body < wide.seconds < 2 * body
+    assert slow.seconds < wide.seconds

@@ -13,8 +13,10 @@ from attnkit.state import CompressedState, KVState, LatentState, RecurrentState,
 Allocated = KVState | WindowState | LatentState | CompressedState | RecurrentState | Tensor
 
 
-def allocate(mixer: Mixer, tokens: int, dtype: torch.dtype, device: str = "meta") -> Allocated | None:
-    """The state of one sequence of ``tokens``; None where the layer keeps nothing of its own.
+def allocate(
+    mixer: Mixer, tokens: int, dtype: torch.dtype, device: str = "meta", *, batch: int = 1
+) -> Allocated | None:
+    """The state of ``batch`` sequences of ``tokens``; None where the layer keeps nothing of its own.
 
     On the meta device nothing is really allocated, and sizes are those that would be.
     """
@@ -26,19 +28,19 @@ def allocate(mixer: Mixer, tokens: int, dtype: torch.dtype, device: str = "meta"
         case "softmax" | "differential":
             keys = mixer.key_size * (2 if mixer.mechanism == "differential" else 1)
             if mixer.window is not None and mixer.window + mixer.sinks < tokens:
-                return WindowState(1, mixer.groups, mixer.window, keys, mixer.value_size, sinks=mixer.sinks, **on)
+                return WindowState(batch, mixer.groups, mixer.window, keys, mixer.value_size, sinks=mixer.sinks, **on)
             codec: Any = mixer.codec
-            return KVState(1, mixer.groups, tokens, keys, mixer.value_size, codec=codec, **on)
+            return KVState(batch, mixer.groups, tokens, keys, mixer.value_size, codec=codec, **on)
         case "mla" | "dsa":
             index = options.get("index", 0) if options.get("index_heads", 0) else 0
-            return LatentState(1, tokens, options["latent"], options["rotary"], index=index, **on)
+            return LatentState(batch, tokens, options["latent"], options["rotary"], index=index, **on)
         case "compressed":
             streams = {"entry": mixer.key_size} if options["rate"] else {}
             if options.get("index"):
                 streams["index"] = options["index"][1]
             overlap = bool(options.get("overlap"))
             return CompressedState(
-                1,
+                batch,
                 tokens,
                 options["window"],
                 mixer.key_size,
@@ -51,9 +53,9 @@ def allocate(mixer: Mixer, tokens: int, dtype: torch.dtype, device: str = "meta"
             heads = mixer.groups if mixer.mechanism == "gla" else mixer.heads
             fields = {"state": (heads, mixer.key_size, mixer.value_size)}
             tails = {"conv": (1, options["tail"])} if options.get("tail") else None
-            return RecurrentState(1, fields, tails=tails, **on)
+            return RecurrentState(batch, fields, tails=tails, **on)
         case "convolution":
-            return torch.zeros(1, options["tail"], **on)
+            return torch.zeros(batch, options["tail"], **on)
     raise NotImplementedError(f"attnkit has no state for {mixer.mechanism} to compare with")
 
 

@@ -167,10 +167,12 @@ def _read(model: Model, tokens: int) -> int:
 
 
 def _time(hardware: Hardware, model: Model, parts: Mapping[str, tuple[float, float]]) -> Time:
-    rate = hardware.rate(model.dtype)
+    # Weights of 8 bits and fewer are multiplied as such where the processor can.
+    narrow = model.weight_bits <= 8 and "float8" in hardware.rates
+    rates = {"weights": hardware.rate("float8" if narrow else model.dtype), "attention": hardware.rate(model.dtype)}
     total, longest, answer = 0.0, -1.0, ("weights", "memory")
     for name, (flops, moved) in parts.items():
-        arithmetic, memory = flops / rate, moved / hardware.bandwidth
+        arithmetic, memory = flops / rates[name], moved / hardware.bandwidth
         total += max(arithmetic, memory)
         if max(arithmetic, memory) > longest:
             longest = max(arithmetic, memory)

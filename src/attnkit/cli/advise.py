@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json as jsonlib
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from attnkit.cli.output import Json, console, emit
+from attnkit.cli.output import Json, console, emit, table
 
 Most = Literal["nothing", "switch", "conversion", "retraining"]
 
@@ -26,6 +28,7 @@ def verb(
     source: Annotated[str, typer.Option(help="Tokens that cross-attention reads.")] = "",
     shared: Annotated[str, typer.Option(help="Tokens that all prompts start with.")] = "",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; what the model names.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Build a layer of each kind here and compare.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the answer as a page to this file.")] = None,
     models: Annotated[bool, typer.Option("--models", help="List the models that are known by name.")] = False,
     families: Annotated[bool, typer.Option("--families", help="List the families that can be read.")] = False,
@@ -48,6 +51,9 @@ def verb(
     """
     from attnkit.advise.lengths import tokens
 
+    if check:
+        _check(config, dtype, json)
+        return
     if models or families or machines:
         _list(models, families, machines, json)
         return
@@ -75,6 +81,10 @@ def verb(
         dtype=dtype,
         train=train,
     )
+    if html is not None:
+        from attnkit.advise.page import write
+
+        write(answer, html, command(sys.argv[1:]))
     if json:
         from attnkit.advise.document import document
 
@@ -85,7 +95,7 @@ def verb(
 
 def _list(models: bool, families: bool, machines: bool, json: bool) -> None:
     from attnkit.advise.families import TABLE, configs
-    from attnkit.advise.hardware import table
+    from attnkit.advise.hardware import table as hardware
 
     found: dict[str, list[str]] = {}
     if models:
@@ -93,9 +103,39 @@ def _list(models: bool, families: bool, machines: bool, json: bool) -> None:
     if families:
         found["families"] = sorted(TABLE)
     if machines:
-        found["machines"] = list(table())
+        found["machines"] = list(hardware())
     if json:
         print(jsonlib.dumps(found, indent=2))
         return
     for names in found.values():
         print("\n".join(names))
+
+
+def _check(config: str | None, dtype: str | None, json: bool) -> None:
+    """Compare what is predicted for each kind of layer with what is allocated and measured on this machine."""
+    if not config:
+        raise ValueError("advise --check got no CONFIG, expected one: attnkit advise llama-3-8b --check")
+    from attnkit.advise.check import check
+    from attnkit.advise.families import read_config
+    from attnkit.advise.words import seconds
+
+    model = read_config(config)
+    lines = list(check(model.cast(dtype) if dtype else model))
+    if json:
+        emit([one.line() for one in lines])
+        return
+    shown = table(
+        "layer", "bytes", "", "step", "predicted", "prompt", "predicted", "", right=("bytes", "step", "prompt")
+    )
+    for one in lines:
+        times = (one.measured_step, one.predicted_step, one.measured_prompt, one.predicted_prompt)
+        cells = ["" if time is None else seconds(time) for time in times]
+        equal = "as predicted" if one.bytes_equal else f"predicted {one.predicted_bytes:,}"
+        shown.add_row(one.layer, f"{one.allocated_bytes:,}", equal, *cells, "within 1.5" if one.within else "apart")
+    console().print(shown)
+
+
+def command(words: list[str]) -> str:
+    """What to type to have the same answer again; the file that the page was written to is left out."""
+    kept = [word for i, word in enumerate(words) if word != "--html" and (i == 0 or words[i - 1] != "--html")]
+    return shlex.join(["attnkit", *(word for word in kept if not word.startswith("--html="))])

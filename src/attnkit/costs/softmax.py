@@ -23,8 +23,11 @@ class Reached(Protocol):
 class Seen(Protocol):
     """What a cost asks of a mask: an ``attnkit.Mask``, or a ``Band`` where there are only numbers."""
 
-    batches: int
-    heads: int
+    @property
+    def batches(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
 
     def visible_pairs(self, m: int, n: int) -> int: ...
 
