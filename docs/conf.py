@@ -8,6 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+import advise_page  # noqa: E402
 import mechanism_pages  # noqa: E402
 import speed_page  # noqa: E402
 
@@ -25,9 +26,10 @@ myst_heading_anchors = 3
 autodoc_typehints = "none"
 napoleon_use_rtype = False  # a result is named, and its description says its shape and dtype
 autodoc_member_order = "bysource"
-exclude_patterns = ["_build", "speed/*.md"]
+exclude_patterns = ["_build", "advise/*.md", "speed/*.md"]
 html_theme = "furo"
 html_title = f"attnkit {attnkit.__version__}"
 
+advise_page.write(HERE / "advise")
 mechanism_pages.write(HERE / "mechanisms")
 speed_page.write(HERE.parent / "benchmarks" / "results", HERE / "speed")
