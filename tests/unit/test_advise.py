@@ -150,3 +150,12 @@ def test_narrow_weights_are_multiplied_at_the_narrow_rate() -> None:
     body = 2 * 8192 * 36.6e9 / (8 * 1979e12)
     assert body < wide.seconds < 2 * body
     assert slow.seconds < wide.seconds
+
+
+def test_any_preset_of_the_registry_can_be_asked_about() -> None:
+    answer = advise(LLAMA, hardware="h100-sxm", lengths="p50=2k,p99=8k,max=16k", also="softmax/mqa,moba_4")
+    found = {one.alternative.name: one for one in answer.ranked}
+    assert found["softmax/mqa"].estimate.token == 32 * 2 * 128 * 2
+    assert found["moba_4"].estimate.column("p99").cache > 0
+    with pytest.raises(ValueError, match="also has 'nothing', expected names of presets"):
+        advise(LLAMA, hardware="h100-sxm", lengths="8k", also="nothing")

@@ -307,3 +307,37 @@ def _compressed(model: Model, mixer: Mixer, i: int) -> Mixer:
     options |= {"top": top // 4, "overlap": True, "index": index} if index else {}
     count = weights.compressed(model.width, mixer.heads, c, 1024, 8, 1024, rate, index)
     return Mixer("compressed", mixer.heads, 1, c, c, tuple(options.items()), weights=count)
+
+
+def presets(model: Model, names: str) -> Iterator[Alternative | Unsuited]:
+    """Layers of attnkit by the names of their presets, in the place of softmax attention: what a record costs is all
+    that has to be known, so that a mechanism of another package is an alternative like those above.
+    """
+    import torch
+
+    from attnkit.registry import presets as named
+    from attnkit.spec import LayerPlace
+
+    for name in filter(None, (word.strip() for word in names.split(","))):
+        found = named(name)
+        if not found:
+            raise ValueError(f"also has {name!r}, expected names of presets: see attnkit list")
+        spec, preset = found[0]
+        mixers = softmax_layers(model)
+        if not mixers:
+            yield Unsuited(name, preset.title, _none(model))
+            continue
+        try:
+            place = LayerPlace(model.width, mixers[0].heads, NEAR, layers=len(model.layers))
+            with torch.device("meta"):
+                layer = spec.layer(preset.configure(place))
+            layer.cost(1, 1 << 10)
+        except (ValueError, NotImplementedError, AttributeError) as error:
+            yield Unsuited(name, preset.title, f"no layer of {model.width} with {mixers[0].heads} heads: {error}")
+            continue
+        count = sum(weight.numel() for weight in layer.parameters())
+        mixer = Mixer(f"{spec.name}/{preset.name}", mixers[0].heads, weights=count, layer=layer)
+        title, how = preset.title, f"attnkit.mechanisms.{spec.name}, preset {preset.name}"
+        quality = "another mechanism: attnkit compare says what it learns"
+        changed = _changed(model, lambda _, mixer=mixer: mixer)  # type: ignore[misc]
+        yield Alternative(name, title, TRAINING, 3.0, quality, how, changed, design=1.5)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from attnkit.advise.alternatives import EFFORTS, TRAINING, Alternative, Unsuited, alternatives, trainings
+from attnkit.advise.alternatives import EFFORTS, TRAINING, Alternative, Unsuited, alternatives, presets, trainings
 from attnkit.advise.families import from_config, read_config
 from attnkit.advise.hardware import Hardware, find
 from attnkit.advise.lengths import Lengths, parse
@@ -55,6 +55,7 @@ def advise(
     shared: int = 0,
     dtype: str | None = None,
     train: bool = False,
+    also: str = "",
 ) -> Answer:
     """Which attention, which backend and which cache form a model should have on some hardware, for some traffic.
 
@@ -75,6 +76,7 @@ def advise(
     shared: tokens that all prompts start with.
     train: the question is how to train it on sequences of these lengths, ``concurrency`` of them in a step; ``itl``
         is then the time of a step.
+    also: names of presets of attnkit's layers, such as "moba_4,tpa", to ask about as well; this imports torch.
     dtype: what to compute and cache in, and store weights in that are not quantised; None for what the model names.
 
     Raises ``ValueError`` in one sentence for whatever cannot be understood.
@@ -99,7 +101,8 @@ def advise(
     wanted = Wanted(targets(target) if isinstance(target, str) else target, words, most, planned, concurrency)
     load = Load(traffic, concurrency, source, shared, train)
     judged, unsuited = [], []
-    for one in trainings(model) if train else alternatives(model, traffic):
+    offered = [*(trainings(model) if train else alternatives(model, traffic)), *(presets(model, also) if also else ())]
+    for one in offered:
         if isinstance(one, Unsuited):
             unsuited.append(one)
         elif one.shares and not shared:

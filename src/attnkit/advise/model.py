@@ -22,7 +22,7 @@ class Mixer:
     ``window`` is what it sees, its own token included, beside the first ``sinks``. ``codec`` is how the cache keeps
     numbers. ``keeps`` False reads what an earlier layer keeps. ``budget`` is the number of tokens that a policy keeps,
     ``reads`` how many of those kept a decoding step reads. ``source`` attends to the tokens of another sequence.
-    ``weights`` counts those of its maps.
+    ``weights`` counts those of its maps. ``layer`` is a layer of attnkit whose ``cost`` is asked instead.
     """
 
     mechanism: str
@@ -40,6 +40,7 @@ class Mixer:
     source: bool = False
     one_way: bool = True
     weights: int = 0
+    layer: Any = None
 
     def cost(self, m: int, n: int, itemsize: int) -> Cost:
         """What ``m`` new tokens of a sequence of ``n`` take, and the state that holds them."""
@@ -67,6 +68,11 @@ def record(mechanism: str) -> Callable[..., Cost]:
 
 @lru_cache(maxsize=1 << 14)
 def _cost(mixer: Mixer, m: int, n: int, itemsize: int) -> Cost:
+    if mixer.layer is not None:
+        import torch
+
+        found: Cost = mixer.layer.cost(m, n, dtype={2: torch.bfloat16, 4: torch.float32}[itemsize])
+        return found
     options = dict(mixer.options)
     if mixer.mechanism in ("softmax", "differential"):
         band = Band(mixer.window, mixer.sinks, mixer.one_way and not mixer.source)
@@ -205,6 +211,8 @@ class Model:
 def describe(mixer: Mixer) -> str:
     """A mixer in a few words."""
     options = dict(mixer.options)
+    if mixer.layer is not None:
+        return f"{mixer.mechanism} of {mixer.heads} heads"
     match mixer.mechanism:
         case "softmax":
             words = f"{mixer.heads}/{mixer.groups} heads of {mixer.key_size}"

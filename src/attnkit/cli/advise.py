@@ -28,6 +28,7 @@ def verb(
     source: Annotated[str, typer.Option(help="Tokens that cross-attention reads.")] = "",
     shared: Annotated[str, typer.Option(help="Tokens that all prompts start with.")] = "",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; what the model names.")] = None,
+    also: Annotated[str, typer.Option(help="Presets of attnkit list to ask about as well, such as moba_4,tpa.")] = "",
     check: Annotated[bool, typer.Option("--check", help="Build a layer of each kind here and compare.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the answer as a page to this file.")] = None,
     models: Annotated[bool, typer.Option("--models", help="List the models that are known by name.")] = False,
@@ -80,6 +81,7 @@ def verb(
         shared=tokens(shared, "shared") if shared else 0,
         dtype=dtype,
         train=train,
+        also=also,
     )
     if html is not None:
         from attnkit.advise.page import write

@@ -90,9 +90,7 @@ def verb(
     memory: Annotated[bool, typer.Option("--memory", help="Peak memory of each mechanism instead of times.")] = False,
     show: Annotated[Path | None, typer.Option(help="Print the table of this results file, measure nothing.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 when a floor is missed.")] = False,
-    limits: Annotated[
-        bool, typer.Option("--limits", help="The limits alone, as hardware for advise.")
-    ] = False,
+    limits: Annotated[bool, typer.Option("--limits", help="The limits alone, as hardware for advise.")] = False,
     json: Json = False,
 ) -> None:
     """Time the native kernels beside their peers, and beside the most that this machine can do.
