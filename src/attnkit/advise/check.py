@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.resources import files
 from statistics import median
 from typing import Any
 
@@ -86,11 +89,23 @@ def _checked(mixer: Mixer, dtype: torch.dtype, itemsize: int, tokens: int, promp
         rates = [(one.dot_gflops if dtype == torch.bfloat16 else None) or one.fma_gflops for one in found]
         rate, read = max(one[1] for one in rates) * 1e9, max(one.read_gbs[1] for one in found) * 1e9
         cost = mixer.cost(m, n, itemsize)
-        times.append((b * max(cost.flops / rate, cost.bytes / read), measured))
+        part = _reach(mixer, "step" if m == 1 else "prompt")
+        predicted = b * max(cost.flops / (rate * part["arithmetic"]), cost.bytes / (read * part["memory"]))
+        times.append((predicted, measured))
     (step, took), (whole, took_whole) = times
-    predicted = mixer.cost(1, tokens, itemsize).state_bytes(tokens)
+    expected = mixer.cost(1, tokens, itemsize).state_bytes(tokens)
     name = str(dtype).removeprefix("torch.")
-    return Checked(describe(mixer), name, tokens, prompt, predicted, allocated, step, took, whole, took_whole)
+    return Checked(describe(mixer), name, tokens, prompt, expected, allocated, step, took, whole, took_whole)
+
+
+@cache
+def _table() -> dict[str, dict[str, dict[str, float]]]:
+    return tomllib.loads((files("attnkit.advise") / "reach.toml").read_text("utf-8"))
+
+
+def _reach(mixer: Mixer, work: str) -> dict[str, float]:
+    """The part of the limits that attnkit's own calls reach, as it was measured."""
+    return _table()["window" if mixer.window is not None else mixer.mechanism][work]
 
 
 def _call(mixer: Mixer, dtype: torch.dtype, b: int, m: int, n: int) -> Callable[[], object] | None:
