@@ -129,8 +129,8 @@ def llama_cpp(gguf: Path, tokens: int, steps: int) -> Line:
 def show(line: Line) -> None:
     if line["kind"] == "model":
         print(
-            f"{line['side']}: prompt {line['prefill_ms'] / 1e3:.2f} s, step {line['step_ms']:.2f} ms (at {SHORT} tokens "
-            f"{line['short_step_ms']:.2f} ms), attention and cache {line['attention_ms_per_1000']:.2f} ms per 1000 tokens"
+            f"{line['side']}: prompt {line['prefill_ms'] / 1e3:.2f} s, step {line['step_ms']:.2f} ms, at {SHORT} "
+            f"tokens {line['short_step_ms']:.2f} ms: attention, cache {line['attention_ms_per_1000']:.2f} ms per 1000"
         )
     elif line["kind"] == "ratio":
         print(

@@ -1,103 +1,86 @@
 """Every family of decoders says the same with our attention as with Transformers' own, or says why it does not run.
 
-Truth is the eager implementation in float64 (with the float32 softmax inside it made float64 too); the budget is that
-of the eager implementation in float32.
+What each of them does is in the table of docs/families.md, which has to be what the checks find.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import StaticCache
 
 import attnkit.hf
 from attnkit.dispatch import watch
+from attnkit.parity.families import FAMILIES
+from attnkit.parity.forward import left_padded
+from attnkit.parity.subject import float64_softmax
+from attnkit.parity.support import reason_line, support, table_line
 from attnkit.testing.budgets import assert_within
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 # Families that do not call an attention function, and keep their own attention whatever is asked for.
 OWN_ATTENTION = {"bloom", "falcon", "mpt"}
 NO_ATTENTION = {"mamba2", "rwkv"}
-# Whole families that are refused.
-REFUSED = {"deepseek_v4": "computes cat with its attention mask"}
-KEEPS_OWN_CACHE = {"minimax"}
-# Their recurrent layers mix what attention makes of padding, which sees no key: 0 with us and SDPA, a mean with eager.
-PADDING_MATTERS = {"recurrent_gemma"}
+REFUSED = {"deepseek_v4"}
 # All of these but attention is float64 in a float64 model, so that nothing blurs the comparison.
-EXACT = {"gpt2", "opt", "starcoder2", "stablelm"}
+EXACT = ("gpt2", "opt", "starcoder2", "stablelm")
 
-LENGTH, PREFILL, PADDED = 24, 15, 6
-IDS = torch.randint(3, 99, (2, LENGTH), generator=torch.Generator().manual_seed(1))
-KEPT = torch.ones_like(IDS)
-KEPT[0, :PADDED] = 0
-POSITIONS = torch.cat([torch.arange(n) for n in (10, 9, 5)])[None].expand(2, -1)
+IDS = torch.randint(3, 99, (2, 24), generator=torch.Generator().manual_seed(1))
+KEPT = left_padded(IDS)
 
 
-def padded(model: Any) -> Tensor:
-    return model(IDS, attention_mask=KEPT, use_cache=False).logits[KEPT.bool()]
+@cache
+def lines() -> list[str]:
+    return PAGE.read_text(encoding="utf-8").splitlines()
 
 
-def packed(model: Any) -> Tensor:
-    return model(IDS, position_ids=POSITIONS, use_cache=False).logits
+def test_the_table_is_what_the_checks_find(each_family: str) -> None:
+    found = support(each_family)
+    assert "**wrong**" not in found.words, found.reasons
+    wanted = [table_line(found), *([reason] if (reason := reason_line(found)) else [])]
+    missing = [line for line in wanted if line not in lines()]
+    assert not missing, f"docs/families.md is out of date, run python docs/family_table.py: {missing}"
 
 
-def decoded(model: Any, cache: Any) -> Tensor:
-    """A prefill, single tokens, then several at once; the window of 8 is passed on the way."""
-    logits, start = [], 0
-    for end in (PREFILL, *range(PREFILL + 1, LENGTH - 3), LENGTH):
-        out = model(IDS[:, start:end], attention_mask=KEPT[:, :end], cache=cache, use_cache=True)
-        logits.append(out.logits)
-        start = end
-    return torch.cat(logits, 1)[KEPT.bool()]
-
-
-def runs(model: Any) -> dict[str, Callable[[], Tensor]]:
-    return {
-        "padded": lambda: padded(model),
-        "packed": lambda: packed(model),
-        "dynamic cache": lambda: decoded(model, DynamicCache(config=model.config)),
-        "static cache": lambda: decoded(model, StaticCache(config=model.config, max_cache_len=LENGTH + 9)),
-        "our cache": lambda: decoded(model, attnkit.hf.Cache(model.config)),
-    }
+def test_the_table_has_every_family_once() -> None:
+    assert [line.split()[1] for line in lines() if line.startswith("| ")][2:] == list(FAMILIES)
 
 
 @torch.no_grad()
-def test_family(each_family: str, tiny: Callable[..., Any], softmax_in_float64: None) -> None:
-    family = each_family
-    ours = tiny(family)
-    ours.set_attn_implementation("attnkit")
-    if family in OWN_ATTENTION | NO_ATTENTION:
-        with watch() as ran:
-            padded(ours)
-        assert not ran
+def test_our_attention_is_what_runs(each_family: str, tiny: Callable[..., Any]) -> None:
+    if each_family in REFUSED:
         return
-    if family in REFUSED:
-        with pytest.raises(NotImplementedError, match=REFUSED[family]):
-            padded(ours)
-        return
-    plain = tiny(family, "sdpa" if family in PADDING_MATTERS else "eager")
-    naive, got = runs(plain), runs(ours)
-    if family in KEEPS_OWN_CACHE:
-        for name in ("dynamic cache", "static cache", "our cache"):
-            del naive[name], got[name]
-    before = {"padded": padded(plain), "packed": packed(plain)}
-    if "dynamic cache" in naive:
-        before["cached"] = naive["dynamic cache"]()
-    plain.to(torch.float64)
-    gold = {"padded": padded(plain), "packed": packed(plain)}
-    if "dynamic cache" in naive:
-        gold["cached"] = naive["dynamic cache"]()
-    for name, run in got.items():
-        kind = "cached" if "cache" in name else name
-        with watch() as ran:
-            logits = run()
-        assert {mechanism for mechanism, _ in ran} == {"softmax"}
-        assert_within(logits, gold[kind].double(), before[kind], torch.float32, what=f"{family}, {name}")
-    if family in EXACT:
-        ours.to(torch.float64)
-        for name, run in runs(ours).items():
-            kind = "cached" if "cache" in name else name
-            assert_within(run(), gold[kind].clone(), before[kind], torch.float64, what=f"{family}, {name} in float64")
+    model = tiny(each_family)
+    model.set_attn_implementation("attnkit")
+    with watch() as ran:
+        model(IDS, attention_mask=KEPT, use_cache=False)
+    own = each_family in OWN_ATTENTION | NO_ATTENTION
+    assert {mechanism for mechanism, _ in ran} == (set() if own else {"softmax"})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", EXACT)
+def test_nothing_but_rounding_differs_in_float64(family: str, tiny: Callable[..., Any]) -> None:
+    """Float32 budgets hide what is smaller than rounding; here 1e-12 is all that is left."""
+
+    def decoded(model: Any, held: Any) -> torch.Tensor:
+        """A prefill, single tokens, then several at once; the window of 8 is passed on the way."""
+        logits, start = [], 0
+        for end in (15, *range(16, 21), 24):
+            logits.append(model(IDS[:, start:end], attention_mask=KEPT[:, :end], cache=held, use_cache=True).logits)
+            start = end
+        return torch.cat(logits, 1)[KEPT.bool()]
+
+    plain, ours = tiny(family, "eager"), tiny(family, "attnkit", torch.float64)
+    naive = plain(IDS, attention_mask=KEPT, use_cache=False).logits[KEPT.bool()]
+    with float64_softmax():
+        gold = plain.to(torch.float64)(IDS, attention_mask=KEPT, use_cache=False).logits[KEPT.bool()]
+    for held in (StaticCache(config=ours.config, max_cache_len=33), attnkit.hf.Cache(ours.config)):
+        assert_within(decoded(ours, held), gold, naive, torch.float64, what=f"{family}, {type(held).__name__}")
+    whole = ours(IDS, attention_mask=KEPT, use_cache=False).logits[KEPT.bool()]
+    assert_within(whole, gold, naive, torch.float64, what=f"{family}, no cache")

@@ -79,4 +79,5 @@ def _bar(total: int) -> Iterator[Callable[[object], None]]:
     try:
         yield tell
     finally:
-        bar.stop()
+        if bar.live.is_started:  # one that was never shown would print an empty line
+            bar.stop()

@@ -113,9 +113,9 @@ def _by_layer(model: Any) -> Trace:
     """
     names, parts = list(layers(model)), dict[str, list[Tensor]]()
     for name, parameter in reversed(list(model.named_parameters())):
-        if parameter.grad is not None:
-            home = next((layer for layer in names if name.startswith(f"{layer}.")), name)
-            parts.setdefault(home, []).append(parameter.grad.detach().flatten())
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # an expert that rested
+        home = next((layer for layer in names if name.startswith(f"{layer}.")), name)
+        parts.setdefault(home, []).append(gradient.detach().flatten())
     return {home: torch.cat(found) for home, found in parts.items()}
 
 

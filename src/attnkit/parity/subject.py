@@ -108,7 +108,7 @@ def usable(backends: Sequence[str]) -> None:
 def first_sentence(error: BaseException) -> str:
     """The first sentence of what an exception says, or its name."""
     lines = str(error).strip().splitlines()
-    return lines[0].split(". ")[0] if lines else type(error).__name__
+    return lines[0].split(". ")[0].rstrip(".") if lines else type(error).__name__
 
 
 @contextmanager
