@@ -398,7 +398,7 @@ FAULTS: dict[str, tuple[str, Any, str, Callable[[Any], Any]]] = {
     "heads take turns": ("h2o", base, "per_group", lambda _: lambda x, groups: x.unflatten(1, (-1, groups)).mean(1)),
     "one of the newest leaves": ("h2o", H2O, "newest", lambda right: property(lambda self: right.fget(self) - 1)),
     "a sink too few": ("streaming", StreamingLLM, "score", a_sink_too_few),
-    "sums stay in their slots": ("h2o by threes", kept, "_taken", sums_left_behind),
+    "sums stay in their slots": ("h2o by threes", kept, "taken", sums_left_behind),
     "the lowest stays": ("tova", kept, "_lowest", lambda right: lambda score, positions: right(-score, positions)),
     "the highest leaves": ("snapkv max", kept, "_highest", lambda right: lambda s, p, count: right(-s, p, count)),
     "each head for itself": ("tova", TOVA, "score", each_head_for_itself),

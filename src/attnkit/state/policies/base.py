@@ -34,9 +34,12 @@ class Seen:
         """Softmax weights (b, h, w, n) of the last ``w`` queries; each sees no later key than its own."""
         b, h, w, _ = q.shape
         g, n = self.k.shape[1:3]
-        logits = torch.einsum("bgrid,bgjd->bgrij", wide(q).unflatten(1, (g, -1)), wide(self.k)) * self.scale
-        later = torch.arange(n, device=q.device) > torch.arange(n - w, n, device=q.device)[:, None]
-        return logits.masked_fill_(later, -torch.inf).softmax(-1).reshape(b, h, w, n)
+        rows = (wide(q) * self.scale).reshape(b, g, -1, q.shape[3])
+        logits = (rows @ wide(self.k).mT).reshape(b, h, w, n)
+        if w > 1:
+            later = torch.arange(n, device=q.device) > torch.arange(n - w, n, device=q.device)[:, None]
+            logits.masked_fill_(later, -torch.inf)
+        return logits.softmax(-1)
 
     def received(self) -> Tensor:
         """Weight that each key got from all the newest queries, per KV head the mean of its heads: (b, g, n)."""
@@ -153,6 +156,16 @@ class Evicting(Policy):
         if budget < 1:
             raise ValueError(f"{type(self).__name__}: the limit is {limit} bytes and one token takes {each}")
         return replace(self, budget=budget)
+
+
+def taken(x: Tensor, slots: Tensor) -> Tensor:
+    """The rows ``slots`` (b, g, count) of ``x`` (b, g, n) or (b, g, n, size)."""
+    if x.dim() == 3:
+        return x.gather(2, slots)
+    b, g, n, size = x.shape
+    # Whole rows are copied at once, where gather would go number by number.
+    rows = slots + n * torch.arange(b * g, device=x.device).reshape(b, g, 1)
+    return x.reshape(-1, size).index_select(0, rows.flatten()).reshape(b, g, -1, size)
 
 
 def checked_queries(where: str, q: Tensor, k: Tensor) -> None:

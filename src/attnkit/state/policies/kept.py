@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from attnkit.state.policies.base import Evicting, Seen, checked_limit, checked_queries, wide
+from attnkit.state.policies.base import Evicting, Seen, checked_limit, checked_queries, taken, wide
 from attnkit.state.policies.streaming import StreamingLLM
 from attnkit.state.tokens import check_new_tokens
 from attnkit.state.view import View
@@ -142,7 +142,7 @@ class KeptState:
             else:
                 stay = _highest(score, all_["positions"], count)
                 for name, x in all_.items():
-                    kept[name][:, :, :count] = _taken(x, stay)
+                    kept[name][:, :, :count] = taken(x, stay)
                 self._held = count
         return View(all_["k"], all_["v"], n)
 
@@ -201,13 +201,14 @@ class KeptState:
         if self._stay is not None:
             count = self._stay.shape[2]
             for x in self._kept.values():
-                x[:, :, :count] = _taken(x, self._stay)
+                x[:, :, :count] = taken(x, self._stay)
             self._held, self._stay = count, None
         if self._leaves is not None:  # the newest moves to where it was
             self._held -= 1
+            slots = self._kept["k"].shape[2]
+            rows = torch.arange(0, self._leaves.numel() * slots, slots, device=self._leaves.device)
             for x in self._kept.values():
-                slot = self._leaves if x.dim() == 3 else self._leaves[..., None].expand(-1, -1, 1, x.shape[3])
-                x.scatter_(2, slot, x[:, :, self._held : self._held + 1].clone())
+                x.flatten(0, 2).index_copy_(0, rows + self._leaves.flatten(), x[:, :, self._held].flatten(0, 1))
             self._leaves = None
 
     def _remember(self, q: Tensor) -> None:
@@ -244,8 +245,3 @@ def _lowest(score: Tensor, positions: Tensor) -> Tensor:
     """The slot (b, g, 1) of the lowest score, the older among equals."""
     equal = score == score.amin(-1, keepdim=True)
     return positions.masked_fill(~equal, torch.iinfo(torch.int64).max).argmin(-1, keepdim=True)
-
-
-def _taken(x: Tensor, slots: Tensor) -> Tensor:
-    """The rows ``slots`` (b, g, count) of ``x`` (b, g, n) or (b, g, n, size)."""
-    return x.gather(2, slots if x.dim() == 3 else slots[..., None].expand(*slots.shape, x.shape[3]))

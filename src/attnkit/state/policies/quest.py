@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnkit.state.policies.base import Policy, Seen
+from attnkit.state.policies.base import Policy, Seen, wide
 
 DENSE_LAYERS = 2
 LEAST_PAGES = 3
@@ -35,9 +35,9 @@ class Quest(Policy):
             )
 
     def score(self, seen: Seen) -> Tensor:
-        """``sum_c max(q_c min_c, q_c max_c)`` of ``Seen.k`` = the least and greatest (b, g, pages, 2, d)."""
-        low, high = seen.k.unbind(3)
-        q = seen.q[:, :, -1].to(low.dtype).unflatten(1, (low.shape[1], -1))
+        """``sum_c max(q_c min_c, q_c max_c)`` of ``Seen.k`` = the least and greatest (b, g, 2, pages, d)."""
+        low, high = wide(seen.k).unbind(2)
+        q = wide(seen.q[:, :, -1]).unflatten(1, (low.shape[1], -1))
         # For a positive channel the greatest key counts, for a negative one the least: two products.
         bound: Tensor = q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT
         return bound.amax(2)

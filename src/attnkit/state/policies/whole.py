@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnkit.masks import Mask, joined
 from attnkit.state.kv import KVState
-from attnkit.state.policies.base import Policy, Seen, checked_limit, checked_queries
+from attnkit.state.policies.base import Policy, Seen, checked_limit, checked_queries, taken
 from attnkit.state.view import View
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class PagewiseState(_Whole):
         limit: int | None = None,
     ) -> None:
         pages = -(-capacity // policy.page)
-        bounds = (batch, heads, pages, 2, key_size)
+        bounds = (batch, heads, 2, pages, key_size)
         size = key_size if value_size is None else value_size
         each = batch * heads * (capacity * (key_size + size) + pages * 2 * key_size) * dtype.itemsize
         checked_limit("PagewiseState", each, limit)
@@ -149,13 +149,14 @@ class PagewiseState(_Whole):
         pages, count = -(-n // page), self.policy.budget // page
         if m > 1 or pages <= count:
             return view
-        seen = Seen(q, self.bounds[:, :, :pages], torch.empty(0), scale, n)
+        seen = Seen(q, self.bounds[:, :, :, :pages], torch.empty(0), scale, n)
         score = self.policy.score(seen)
         score[..., -1] = torch.inf
         best = score.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(-1).values
         tokens = (best[..., None] * page + torch.arange(page, device=best.device)).flatten(-2)
         tokens = tokens[..., : count * page - (pages * page - n)]  # the newest page comes last and may not be full
-        k, v = (x.gather(2, tokens[..., None].expand(*tokens.shape, x.shape[3])) for x in (view.k, view.v))
+        buffers = self.whole.rows
+        k, v = (taken(x, tokens) for x in buffers if isinstance(x, Tensor))
         return View(k, v, tokens.shape[2])
 
     def crop(self, length: int) -> None:
@@ -174,7 +175,7 @@ class PagewiseState(_Whole):
         super().check()
         k, page = self.whole.view().k, self.policy.page
         for index, keys in enumerate(k.split(page, 2) if k.shape[2] else ()):
-            assert torch.equal(self.bounds[:, :, index], torch.stack(keys.aminmax(dim=2), 2))
+            assert torch.equal(self.bounds[:, :, :, index], torch.stack(keys.aminmax(dim=2), 2))
 
     def _bound(self, k: Tensor, first: int) -> None:
         """Bounds of the pages of ``k`` (b, g, n, d), all tokens, from that of token ``first`` on."""
@@ -182,6 +183,6 @@ class PagewiseState(_Whole):
         full = k.shape[2] // page
         if full > start:
             pages = k[:, :, start * page : full * page].unflatten(2, (-1, page))
-            self.bounds[:, :, start:full] = torch.stack(pages.aminmax(dim=3), 3)
+            self.bounds[:, :, :, start:full] = torch.stack(pages.aminmax(dim=3), 2)
         if k.shape[2] % page:
-            self.bounds[:, :, full] = torch.stack(k[:, :, full * page :].aminmax(dim=2), 2)
+            self.bounds[:, :, :, full] = torch.stack(k[:, :, full * page :].aminmax(dim=2), 2)
