@@ -6,6 +6,9 @@
 // else. The least score that stays is found bit by bit: 32 counts over the buffer, which compilers turn into vectors.
 // A NaN ranks above all numbers, as in torch's sort.
 
+// Lanes of x that are above the limit, or a NaN; all of them when the limit is a NaN.
+ATTNKIT_INLINE uint64_t bits_above(Vec x, float limit) { return bits_unequal(max(splat(limit), x), limit); }
+
 class Best {
  public:
   // Bytes of the buffer of a row that keeps up to `most`.
@@ -14,20 +17,22 @@ class Best {
   void begin(char* memory, int64_t most) {
     most_ = most;
     count_ = 0;
-    open_ = true;
+    limit_ = __builtin_nanf("");
     ranks_ = reinterpret_cast<uint32_t*>(memory);
     keys_ = reinterpret_cast<int32_t*>(ranks_ + room(most));
   }
 
+  // What a later key has to be above to become a candidate; a NaN, which every score is above, while all are taken.
+  float limit() const { return limit_; }
+
   // Scores of one block of keys that starts at `key`, as far as their bit is set.
   void add(const float* scores, int64_t key, uint64_t visible) {
-    uint64_t some = visible;
-    if (!open_) {
-      uint64_t above = 0;  // the limit, or a NaN
-      for (int64_t c = 0; c < kBlockKeys; c += kWidth)
-        above |= uint64_t{bits_unequal(max(splat(limit_), load(scores + c)), limit_)} << c;
-      some &= above;
-    }
+    uint64_t above = 0;
+    for (int64_t c = 0; c < kBlockKeys; c += kWidth) above |= bits_above(load(scores + c), limit_) << c;
+    take(scores, key, visible & above);
+  }
+  // The same where the bits are of scores above the limit alone.
+  ATTNKIT_INLINE void take(const float* scores, int64_t key, uint64_t some) {
     for (; some != 0; some &= some - 1) {
       const int64_t at = __builtin_ctzll(some);
       ranks_[count_] = rank(scores[at]);
@@ -55,7 +60,6 @@ class Best {
     }
     count_ = to;
     limit_ = score_of(least);
-    open_ = false;
     return count_;
   }
 
@@ -96,6 +100,5 @@ class Best {
   uint32_t* ranks_;
   int32_t* keys_;
   int64_t most_, count_;
-  float limit_;  // of a later key, unless all are taken
-  bool open_;
+  float limit_;
 };

@@ -64,7 +64,7 @@ class Gates {
     for (int64_t block = 0; block < past(first + count - 1); block += kBlockKeys) {
       for (int64_t c = 0; c < kBlockKeys; c += kStrip)
         product<Math, kStripVectors>(queries, query_steps_, packed + (block + c) * sizes_.key_steps, sizes_.key_steps,
-                                     1.0f, scores + c, kBlockKeys);
+                                     1.0f, scores + c, kBlockKeys, [](int, int, Vec) {});
       for (int64_t i = 0; i < count; ++i)
         best[i].add(scores + i * kBlockKeys, block, bit_range(0, past(first + i) - block));
     }

@@ -85,10 +85,10 @@ ATTNKIT_NOINLINE void add_product(const typename Math::Element* a, int64_t lda, 
     for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kWidth, acc[i][j]);
 }
 
-// c = factor * a * b
-template <class Math, int kVectors>
-ATTNKIT_NOINLINE void product(const typename Math::Element* a, int64_t lda, const typename Math::Element* b,
-                              int64_t steps, float factor, float* c, int64_t ldc) {
+// c = factor * a * b, and then f(row, vector, numbers) for each vector of c while it is in a register.
+template <class Math, int kVectors, class F>
+ATTNKIT_INLINE void product(const typename Math::Element* a, int64_t lda, const typename Math::Element* b, int64_t steps,
+                            float factor, float* c, int64_t ldc, F f) {
   Vec acc[kRows][kVectors];
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i)
@@ -99,7 +99,11 @@ ATTNKIT_NOINLINE void product(const typename Math::Element* a, int64_t lda, cons
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kWidth, acc[i][j] * by);
+    for (int j = 0; j < kVectors; ++j) {
+      const Vec x = acc[i][j] * by;
+      store(c + i * ldc + j * kWidth, x);
+      f(i, j, x);
+    }
 }
 
 // c = a * b, and the running maxima of its rows: the adders that find them are idle while products are formed.

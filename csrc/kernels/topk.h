@@ -90,18 +90,30 @@ class TopK {
 
   void score(const Work& w, const Element* keys, int64_t first, int64_t row, int64_t count, int64_t key_block,
              const int64_t* words) const {
-    uint64_t word[kRows], any = 0;
-    for (int64_t i = 0; i < count; ++i) any |= word[i] = visible_word(s_, first + row + i, key_block, words);
+    uint64_t word[kRows] = {}, above[kRows] = {}, any = 0;
+    float limit[kRows] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      any |= word[i] = visible_word(s_, first + row + i, key_block, words);
+      limit[i] = w.best[row + i].limit();
+    }
     if (any == 0) return;
     const int64_t key = key_block * kBlockKeys;
-    // Scores as they are compared: scaled, for rounding may make equals of two products.
-    for (int64_t c = 0; c < kBlockKeys; c += kStrip)
-      product<Math, kStripVectors>(w.queries + row * query_steps_, query_steps_, keys + (key + c) * sizes_.key_steps,
-                                   sizes_.key_steps, s_.scale, w.scores + c, kBlockKeys);
+    score_block(w.queries + row * query_steps_, keys + key * sizes_.key_steps, limit, w.scores, above);
     for (int64_t i = 0; i < count; ++i) {
       w.visible[row + i] += __builtin_popcountll(word[i]);
-      w.best[row + i].add(w.scores + i * kBlockKeys, key, word[i]);
+      if (const uint64_t some = word[i] & above[i]) w.best[row + i].take(w.scores + i * kBlockKeys, key, some);
     }
+  }
+
+  // Scores as they are compared: scaled, for rounding may make equals of two products. Few are above a row's limit, and
+  // which ones is found while they are in registers.
+  ATTNKIT_NOINLINE void score_block(const Element* queries, const Element* keys, const float* limit, float* scores,
+                                    uint64_t* above) const {
+    for (int64_t c = 0; c < kBlockKeys; c += kStrip)
+      product<Math, kStripVectors>(queries, query_steps_, keys + c * sizes_.key_steps, sizes_.key_steps, s_.scale,
+                                   scores + c, kBlockKeys, [&](int i, int j, Vec x) {
+                                     above[i] |= bits_above(x, limit[i]) << (c + j * kWidth);
+                                   });
   }
 
   void finish(const Work& w, int64_t batch, int64_t head, int64_t first, int64_t i) const {
