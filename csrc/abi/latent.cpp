@@ -23,7 +23,8 @@ int32_t check(const attnkit_latent& s) {
   if (!in_range({{s.b, 0}, {s.h, 0}, {s.m, 0}, {s.c + s.r, 0}, {64, 0}})) return ATTNKIT_BAD_SIZE;
   if (s.b > 0 && s.m > 0 && !(s.q && s.kv_b && s.o && (s.n == 0 || s.latent))) return ATTNKIT_BAD_SIZE;
   if (s.places) return s.stored < kLargest ? ATTNKIT_OK : ATTNKIT_BAD_SIZE;
-  const bool near = s.left >= -kMostDistance && s.left <= kMostDistance && s.right >= -kMostDistance && s.right <= kMostDistance;
+  const bool near = s.left >= -kMostDistance && s.left <= kMostDistance && s.right >= -kMostDistance &&
+                    s.right <= kMostDistance;
   return near ? ATTNKIT_OK : ATTNKIT_BAD_MASK;
 }
 

@@ -1,4 +1,4 @@
-// Learned-sparse attention over odd sizes against plain loops: chosen blocks, compressed blocks, and the three ways to choose.
+// Learned-sparse attention over odd sizes against plain loops: chosen blocks, compressed blocks, three ways to choose.
 //
 // Numbers are multiples of 1/32, so that products are exact and ties are met: what is chosen has to be right to the key.
 #include <algorithm>
@@ -8,8 +8,8 @@
 
 namespace {
 
-const int64_t lengths[] = {1, 2, 5, 31, 48, 49, 63, 64, 65, 100, 130, 257, 300}, channels[] = {1, 2, 3, 7, 16, 33, 64, 111};
-const int64_t heads[] = {1, 2, 3, 5};
+const int64_t lengths[] = {1, 2, 5, 31, 48, 49, 63, 64, 65, 100, 130, 257, 300};
+const int64_t channels[] = {1, 2, 3, 7, 16, 33, 64, 111}, heads[] = {1, 2, 3, 5};
 const int64_t absurd[] = {INT64_MIN, -1, INT64_MAX, INT64_MAX - 1, int64_t{1} << 62, int64_t{1} << 57};
 
 // Runs the call at every level with scratch memory of exactly the size asked for; `judge` says what is wrong, or null.
@@ -83,16 +83,18 @@ void test_indexer() {
     for (int64_t b = 0; b < s.b; ++b)
       for (int64_t i = 0; i < s.m; ++i) {
         std::vector<double> scores(static_cast<size_t>(s.n - s.m + i + 1), 0.0);
-        for (int64_t h = 0; h < s.h; ++h)
-          for (size_t j = 0; j < scores.size(); ++j)
-            scores[j] += w[(b * s.h + h) * s.m + i] *
-                         std::fmax(0.0, dot(&q.values[b * s.q_b + h * s.q_h + i * s.q_m],
-                                            &k.values[b * s.k_b + h / (s.h / s.g) * s.k_g + static_cast<int64_t>(j) * s.k_n], s.d));
+        for (int64_t h = 0; h < s.h; ++h) {
+          const double* query = &q.values[b * s.q_b + h * s.q_h + i * s.q_m];
+          const double* keys = &k.values[b * s.k_b + h / (s.h / s.g) * s.k_g];
+          for (int64_t j = 0; j <= s.n - s.m + i; ++j)
+            scores[j] += w[(b * s.h + h) * s.m + i] * std::fmax(0.0, dot(query, keys + j * s.k_n, s.d));
+        }
         if (!same_list(best(scores, s.top), &chosen[(b * s.m + i) * s.top], s.top)) return "other keys";
       }
     return nullptr;
   });
-  int64_t* const numbers[] = {&s.b, &s.h, &s.g, &s.m, &s.n, &s.d, &s.top, &s.threads, &s.q_b, &s.q_m, &s.k_b, &s.k_n, &s.w_m};
+  int64_t* const numbers[] = {&s.b,       &s.h,   &s.g,   &s.m,   &s.n,   &s.d,  &s.top,
+                              &s.threads, &s.q_b, &s.q_m, &s.k_b, &s.k_n, &s.w_m};
   refused("indexer", *pick(numbers), bytes, run);
 }
 
@@ -113,7 +115,8 @@ void test_gates() {
       const int64_t i = row % s.m, h = row / s.m % s.h, b = row / s.m / s.h, g = h / (s.h / s.g);
       std::vector<double> scores;
       for (int64_t j = 0; j < std::min((s.n - s.m + i) / s.block, s.c); ++j)
-        scores.push_back(dot(&q.values[b * s.q_b + h * s.q_h + i * s.q_m], &means.values[((b * s.g + g) * s.c + j) * s.d], s.d));
+        scores.push_back(dot(&q.values[b * s.q_b + h * s.q_h + i * s.q_m],
+                           &means.values[((b * s.g + g) * s.c + j) * s.d], s.d));
       if (!same_list(best(scores, s.s), chosen.data() + row * s.s, s.s)) return "other blocks";
     }
     return nullptr;
@@ -138,8 +141,10 @@ void test_topk() {
   std::vector<int32_t> counts;
   const double share = (uniform() + 1.0) / 2.0;
   const bool by_share = below(2);
-  for (int64_t seen = 0; seen <= s.n; ++seen)
-    counts.push_back(static_cast<int32_t>(std::min<int64_t>(kept.most, by_share ? static_cast<int64_t>(std::ceil(share * static_cast<double>(seen))) : seen)));
+  for (int64_t seen = 0; seen <= s.n; ++seen) {
+    const double wanted = by_share ? std::ceil(share * static_cast<double>(seen)) : static_cast<double>(seen);
+    counts.push_back(static_cast<int32_t>(std::min<int64_t>(kept.most, static_cast<int64_t>(wanted))));
+  }
   kept.kept = counts.data();
   for (int64_t row = 0; row < s.b * s.h * s.m; ++row) {
     const int64_t i = row % s.m, h = row / s.m % s.h, b = row / s.m / s.h, g = h / (s.h / s.g);
@@ -148,7 +153,8 @@ void test_topk() {
     for (int64_t j = 0; j < s.n; ++j) {
       if (!c.visible[row * s.n + j]) continue;
       keys.push_back(j);
-      scores.push_back(dot(&c.q.values[b * s.q_b + h * s.q_h + i * s.q_m], &c.k.values[b * s.k_b + g * s.k_g + j * s.k_n], s.d));
+      scores.push_back(dot(&c.q.values[b * s.q_b + h * s.q_h + i * s.q_m],
+                           &c.k.values[b * s.k_b + g * s.k_g + j * s.k_n], s.d));
     }
     for (const int64_t j : keys) c.visible[row * s.n + j] = 0;
     for (const int32_t at : best(scores, counts[keys.size()])) c.visible[row * s.n + keys[at]] = 1;
@@ -195,7 +201,8 @@ void test_selected() {
   const auto run = [&](void* scratch, int64_t size) { return attnkit_selected_forward(&s, scratch, size); };
   at_every_level("selected", bytes, [&](void* scratch, int64_t size) { return c.o.poison(), run(scratch, size); },
                  [&] { return c.error() < allowed(s.dtype) ? nullptr : "a wrong answer"; });
-  int64_t* const numbers[] = {&s.b, &s.h, &s.g, &s.lists, &s.m, &s.n, &s.d, &s.e, &s.s, &s.block, &s.threads, &s.q_m, &s.v_n, &s.o_h};
+  int64_t* const numbers[] = {&s.b, &s.h, &s.g,     &s.lists,   &s.m,   &s.n,   &s.d,
+                              &s.e, &s.s, &s.block, &s.threads, &s.q_m, &s.v_n, &s.o_h};
   refused("selected", *pick(numbers), bytes, run);
 }
 
@@ -233,13 +240,16 @@ void test_coarse() {
       if (static_cast<int64_t>(named.size()) != std::min(s.s, last)) return "too few or too many blocks";
       for (size_t at = 0; at < named.size(); ++at)
         if (named[at] > last || named[at] == own || (at > 0 && named[at] == named[at - 1])) return "a wrong block";
-      const auto names = [&](int64_t block) { return std::binary_search(named.begin(), named.end(), static_cast<int32_t>(block)); };
+      const auto names = [&](int64_t block) {
+        return std::binary_search(named.begin(), named.end(), static_cast<int32_t>(block));
+      };
       if (s.s >= 3 && ((own > 0 && (!names(0) || !names(own - 1))) || (own < last && !names(own + 1))))
         return "without the first block or a neighbour";
     }
     return nullptr;
   });
-  int64_t* const numbers[] = {&s.b, &s.h, &s.g, &s.m, &s.n, &s.c, &s.d, &s.e, &s.s, &s.length, &s.stride, &s.block, &s.threads, &s.q_m, &s.v_n};
+  int64_t* const numbers[] = {&s.b, &s.h,      &s.g,      &s.m,     &s.n,       &s.c,   &s.d,  &s.e,
+                              &s.s, &s.length, &s.stride, &s.block, &s.threads, &s.q_m, &s.v_n};
   refused("coarse", *pick(numbers), bytes, run);
 }
 
