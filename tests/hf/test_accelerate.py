@@ -152,3 +152,27 @@ def test_what_cannot_be_accelerated_is_refused(tiny: Callable[..., Any]) -> None
     with pytest.raises(NotImplementedError, match="cannot change model.layers.2.self_attn: its kv_b_proj is Linear"):
         attnkit.hf.accelerate(model)
     assert "expand_kv" not in vars(model.model.layers[0].self_attn)
+
+
+@torch.no_grad()
+def test_latents_keep_to_the_budget_of_bfloat16(tiny: Callable[..., Any]) -> None:
+    model = tiny("deepseek_v3", "attnkit", torch.bfloat16)
+    module = model.model.layers[0].self_attn
+    generator = torch.Generator().manual_seed(0)
+    q, latent, rotary = (
+        torch.randn(shape, generator=generator, dtype=torch.bfloat16)
+        for shape in ((2, 4, 3, 24), (2, 1, 200, 32), (2, 1, 200, 8))
+    )
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.transpose(-1, -2) * module.scaling).softmax(-1)
+        return (scores @ v).transpose(1, 2)
+
+    naive = plain(q, *module.expand_kv(latent, rotary))
+    attnkit.hf.accelerate(model)
+    with watch() as ran:
+        got, _ = attention(module, q, *module.expand_kv(latent, rotary), None, scaling=module.scaling, is_causal=False)
+    assert set(ran) == {("mla", "cpu")}
+    attnkit.hf.restore(model)
+    gold = plain(q.double(), *module.double().expand_kv(latent.double(), rotary.double()))
+    assert_within(got, gold, naive, torch.bfloat16)
