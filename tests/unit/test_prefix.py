@@ -401,6 +401,26 @@ def test_sequences_of_a_batch_share_with_each_other_and_with_those_before(layers
     cache.check()
 
 
+@pytest.mark.parametrize("kept", [6, 8])
+def test_whoever_opens_without_a_promise_leaves_what_was_promised(kept: int) -> None:
+    """A page that is shared cannot be given up, or has to be copied: those who are promised pages come first."""
+    cache, x = PrefixCache(pool(3), model="m"), torch.zeros(1, 2, 12, 8)
+    if kept == 6:  # the promised sequence's own last page is remembered, and found in part
+        promised = cache.open([range(12)], most=[12])
+        promised[0].append(x[:, :, :6], x[:, :, :6])
+        cache.keep([range(6)], promised)
+    else:  # pages of somebody who has left are promised, and found
+        gone = cache.open([range(9)])
+        gone[0].append(x[:, :, :8], x[:, :, :8])
+        cache.keep([range(8)], gone)
+        gone[0].release()
+        promised = cache.open([[9] * 12], most=[12])
+    other = cache.open([[*range(9)]])
+    promised[0].append(*[x[:, :, : 12 - promised[0].length]] * 2)
+    assert promised[0].length == 12
+    assert other[0].length <= 4
+
+
 def test_bytes_and_pages_of_a_budget() -> None:
     made = PagePool.within(10_000, 4, 2, 8)
     assert made.nbytes <= 10_000 < made.nbytes + made.nbytes // len(made.k)

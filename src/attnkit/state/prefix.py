@@ -133,6 +133,10 @@ class PrefixCache:
             # A page found in part saves no page, and while it is shared it cannot be given up.
             paths = [[step for step in path if step[1] == self.page] for path in paths]
             states = self._begin(paths, most)
+        if states is None and most is None:
+            # What is shared here could not be given up any more for those who were promised pages.
+            paths = [[] for _ in paths]
+            states = [PagedKVState(pool, len(paths)) for pool in self.pools]
         if states is None:
             assert most is not None
             raise PoolBusyError(
@@ -245,10 +249,10 @@ class PrefixCache:
         if most is not None:
             for state in states:
                 self._promises[state] = list(most), self._outstanding(state, most)
-            if self._available() < 0:
-                for state in states:
-                    state.release()
-                return None
+        if self._available() < 0:
+            for state in states:
+                state.release()
+            return None
         return states
 
     def _available(self) -> int:
