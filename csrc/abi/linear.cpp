@@ -19,12 +19,16 @@ int32_t check(const attnkit_linear& c) {
   if ((c.decay == nullptr) != (c.decay_kind == ATTNKIT_DECAY_NONE)) return ATTNKIT_BAD_KERNEL;
   // The delta rule says with a length which tokens count, and has as many queries as tokens.
   if (c.beta && (!c.lawful || c.m != c.n)) return ATTNKIT_BAD_KERNEL;
+  if (c.beta && (c.keep || c.total || c.map != ATTNKIT_MAP_NONE)) return ATTNKIT_BAD_KERNEL;
+  if (c.map < ATTNKIT_MAP_NONE || c.map > ATTNKIT_MAP_RELU) return ATTNKIT_BAD_KERNEL;
+  if (c.map != ATTNKIT_MAP_NONE && c.scale != 1.0f) return ATTNKIT_BAD_KERNEL;
   return ATTNKIT_OK;
 }
 
 int32_t check_backward(const attnkit_linear& c) {
   const int32_t status = check(c);
   if (status != ATTNKIT_OK) return status;
+  if (c.total && !c.o) return ATTNKIT_BAD_KERNEL;
   return c.states && c.d_o && c.dq && c.dk && c.dv && c.d_state ? ATTNKIT_OK : ATTNKIT_BAD_KERNEL;
 }
 

@@ -17,6 +17,7 @@ constexpr int64_t kDecayTile = 16;
 constexpr int64_t kDecayTiles = kChunk / kDecayTile;
 constexpr int64_t kEarlier = kDecayTile * kDecayTiles * (kDecayTiles - 1) / 2;  // keys before the second tile and so on
 constexpr int64_t kSolveRows = 4;
+static_assert(kChunk <= 32, "hidden tokens are bits");
 static_assert(kChunk % kDecayTile == 0 && kChunk % kSolveRows == 0 && kChunk % kWidth == 0, "rows come in blocks");
 
 // Below e^-200 nothing of a float32 is left, and sums of such logarithms keep their digits.
@@ -34,6 +35,32 @@ struct Arena {
 };
 
 ATTNKIT_INLINE int64_t chunk_count(const attnkit_linear& c) { return ceil_div(c.n, kChunk); }
+
+// A state's columns: e, and with means one for what these are divided by.
+ATTNKIT_INLINE int64_t state_columns(const attnkit_linear& c) { return c.e + (c.total != nullptr); }
+
+// Rows of queries or keys after the call's map, and the gradients of `to` through it: a slope is read off a result.
+inline void map_rows(const attnkit_linear& c, float* rows, int64_t ld, int64_t count) {
+  if (c.map == ATTNKIT_MAP_NONE) return;
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t j = 0; j < c.d; j += kWidth) {
+      float* at = rows + i * ld + j;
+      const Vec x = load(at), positive = max(zero(), x);
+      Vec found = positive;
+      if (c.map == ATTNKIT_MAP_ELU)
+        found = exp2<5>(max(splat(-32.0f), min(zero(), x)) * splat(kLog2E)) + positive;
+      store(at, c.d - j >= kWidth ? found : select((Bits{1} << (c.d - j)) - 1, found, 0.0f));
+    }
+  }
+}
+inline void map_slopes(const attnkit_linear& c, const float* rows, int64_t ld, int64_t count, float* to) {
+  if (c.map == ATTNKIT_MAP_NONE) return;
+  for (int64_t i = 0; i < count * ld; i += kWidth) {
+    const Vec found = load(rows + i), slope = load(to + i);
+    store(to + i, c.map == ATTNKIT_MAP_ELU ? slope * min(splat(1.0f), found)
+                                           : where_less(zero(), found, slope, zero()));
+  }
+}
 
 // Where the tensors of one state are.
 struct Unit {
@@ -61,9 +88,10 @@ struct Asked {
 template <class T>
 struct Chunk {
   const attnkit_linear& c;
-  const int64_t ld, le;  // row lengths of matrices with d and with e columns
+  const int64_t e, ld, le;  // columns of a state; row lengths of matrices with d and with e columns
   const bool channels, fades;
   int64_t first = 0, size = 0;  // tokens of the chunk
+  uint32_t hidden = 0;          // a bit for each that `keep` hides
   mutable Ahead ahead;
 
   float *k, *kt, *kw, *v, *x, *beta;                    // keys, transposed, faded to the end; values; scratch rows
@@ -72,8 +100,9 @@ struct Chunk {
 
   Chunk(const attnkit_linear& call, Arena& arena)
       : c(call),
+        e(state_columns(call)),
         ld(round_up(call.d, kWidth)),
-        le(round_up(call.e, kWidth)),
+        le(round_up(e, kWidth)),
         channels(call.decay_kind == ATTNKIT_DECAY_CHANNEL),
         fades(call.decay_kind != ATTNKIT_DECAY_NONE) {
     k = arena.take(kChunk * ld);
@@ -99,8 +128,8 @@ struct Chunk {
   }
 
   // Keys, values and decays of `count` tokens from `from` on. With the delta rule only those before the first token that
-  // is no step of it count, see attnkit.mechanisms.delta.lawful; returns whether that was all of them.
-  bool load_tokens(const Unit& unit, int64_t from, int64_t count) {
+  // is no step of it count, see attnkit.mechanisms.delta.lawful, unless that is `known`; returns whether all of them do.
+  bool load_tokens(const Unit& unit, int64_t from, int64_t count, bool known) {
     const T* keys = static_cast<const T*>(c.k) + unit.key(c) + from * c.k_n;
     const T* values = static_cast<const T*>(c.v) + unit.value(c) + from * c.v_n;
     const float* decay = fades ? c.decay + unit.decay(c) + from * c.decay_n : nullptr;
@@ -111,7 +140,7 @@ struct Chunk {
     if (c.beta) {
       const float* strengths = c.beta + unit.beta(c) + from * c.beta_n;
       for (int64_t t = 0; t < kChunk; ++t) beta[t] = t < size ? strengths[t * c.beta_n] : 0.0f;
-      const int64_t good = lawful_tokens(decay);
+      const int64_t good = known ? size : lawful_tokens(decay);
       if (good < size) {
         size = good;
         load_rows(keys, c.k_n, size, c.d, 1.0f, k, ld, kChunk);
@@ -119,11 +148,18 @@ struct Chunk {
         for (int64_t t = size; t < kChunk; ++t) beta[t] = 0.0f;
       }
     }
+    map_rows(c, k, ld, size);
+    if (c.total)
+      for (int64_t t = 0; t < size; ++t) v[t * le + c.e] = 1.0f;
+    hidden = c.keep ? hidden_tokens(c.keep + unit.batch * c.n + from) : 0;
     transposed(k, ld, round_up(size, kWidth), round_up(c.d, kWidth), kt, kChunk);
+    const bool constant = decay != nullptr && c.decay_n == 0 && hidden == 0;
     if (channels) {
       channel_decays(decay);
-    } else {
+    } else if (!constant || decay != constant_ || size != constant_tokens_) {
       token_decays(decay);
+      constant_ = constant ? decay : nullptr;
+      constant_tokens_ = size;
     }
     return size == count;
   }
@@ -131,8 +167,9 @@ struct Chunk {
   // Queries of one head as rows of the chunk, times the scale; rows of tokens before the first query are zeros.
   void load_queries(const Asked& asked, float* to) const {
     load_rows(static_cast<const T*>(nullptr), 0, 0, c.d, 1.0f, to, ld, asked.skip);
-    load_rows(static_cast<const T*>(c.q) + asked.query(c), c.q_m, asked.count, c.d, c.scale, to + asked.skip * ld, ld,
-              kChunk - asked.skip);
+    to += asked.skip * ld;
+    load_rows(static_cast<const T*>(c.q) + asked.query(c), c.q_m, asked.count, c.d, c.scale, to, ld, kChunk - asked.skip);
+    map_rows(c, to, ld, asked.count);
   }
 
   // What load_tokens() and load_queries() will be asked for next.
@@ -187,8 +224,10 @@ struct Chunk {
       multiply_each(rows, from_start, kChunk * ld, x);
       rows = x;
     }
-    multiply(size, c.e, c.d, rows_of(rows, ld), state, le, out, le, nullptr, &ahead);
+    multiply(size, e, c.d, rows_of(rows, ld), state, le, out, le, nullptr, &ahead);
   }
+  bool hides(int64_t t) const { return hidden >> t & 1; }
+
   // Factors of what read() found.
   const float* fade() const { return start; }
 
@@ -211,7 +250,7 @@ struct Chunk {
     }
     for (int64_t row = 0; row < size; row += kSolveRows) {
       if (row)
-        multiply(kSolveRows, c.e, row, rows_of(system + row * kChunk, kChunk), u, le, r + row * le, le, kOnes);
+        multiply(kSolveRows, e, row, rows_of(system + row * kChunk, kChunk), u, le, r + row * le, le, kOnes);
       substitute<false>(system, row, r, u);
     }
   }
@@ -221,7 +260,7 @@ struct Chunk {
     for (int64_t row = round_up(size, kSolveRows) - kSolveRows; row >= 0; row -= kSolveRows) {
       const int64_t later = row + kSolveRows;
       if (later < size)
-        multiply(kSolveRows, c.e, size - later, columns_of(system + later * kChunk + row, kChunk), u + later * le, le,
+        multiply(kSolveRows, e, size - later, columns_of(system + later * kChunk + row, kChunk), u + later * le, le,
                  r + row * le, le, kOnes);
       substitute<true>(system, row, r, u);
     }
@@ -229,12 +268,16 @@ struct Chunk {
 
   // The state after the chunk.
   void advance(const float* u, float* state) const {
-    multiply(c.d, c.e, size, columns_of(kw, ld), u, le, state, le, through, &ahead);
+    multiply(c.d, e, size, columns_of(kw, ld), u, le, state, le, through, &ahead);
   }
 
   static constexpr float kOnes[kSolveRows] = {1, 1, 1, 1};
 
  private:
+  // Of how many tokens the tables are, where all have this one decay.
+  const float* constant_ = nullptr;
+  int64_t constant_tokens_ = 0;
+
   // The system's rows from `row` on among themselves, or its columns from the last to the first.
   template <bool kBack>
   void substitute(const float* system, int64_t row, float* r, float* u) const {
@@ -256,6 +299,18 @@ struct Chunk {
         }
       }
     }
+  }
+
+  // Hidden keys and values become zeros, whatever they hold.
+  uint32_t hidden_tokens(const uint8_t* keep) {
+    uint32_t found = 0;
+    for (int64_t t = 0; t < size; ++t) {
+      if (keep[t]) continue;
+      found |= uint32_t{1} << t;
+      for (int64_t j = 0; j < ld; j += kWidth) store(k + t * ld + j, zero());
+      for (int64_t j = 0; j < le; j += kWidth) store(v + t * le + j, zero());
+    }
+    return found;
   }
 
   int64_t lawful_tokens(const float* decay) const {
@@ -286,7 +341,7 @@ struct Chunk {
     if (!fades) return;
     double total = 0.0, sums[kChunk];
     for (int64_t t = 0; t < kChunk; ++t) {
-      if (t < size) {
+      if (t < size && !hides(t)) {
         const float g = decay[t * c.decay_n];
         total += static_cast<double>(g < kClosed ? kClosed : g) * 1.4426950408889634;
       }
@@ -313,7 +368,7 @@ struct Chunk {
     for (int64_t i = 0; i < kChunk; ++i) start[i] = 1.0f;
     for (int64_t t = 0; t < kChunk; ++t) {
       for (int64_t j = 0; j < ld; j += kWidth) {
-        const Vec g = t < size && j < c.d ? load_some(decay + t * c.decay_n + j, c.d - j) : zero();
+        const Vec g = t < size && j < c.d && !hides(t) ? load_some(decay + t * c.decay_n + j, c.d - j) : zero();
         store(a + t * ld + j, exp2<5>(g * splat(kLog2E)));
       }
     }

@@ -13,7 +13,8 @@ ATTNKIT_INLINE int64_t linear_threads(const attnkit_linear& c) {
 
 // State (d, e) between the caller's tensor and rows of whole vectors; null is zeros.
 inline void load_state(const attnkit_linear& c, const float* from, float* to, int64_t rows, int64_t le) {
-  load_rows(from, c.e, from ? c.d : 0, c.e, 1.0f, to, le, rows);
+  const int64_t e = state_columns(c);
+  load_rows(from, e, from ? c.d : 0, e, 1.0f, to, le, rows);
 }
 
 template <class T>
@@ -57,16 +58,16 @@ class Recurrent {
 
   void walk(Work& w, const Unit& unit) const {
     Chunk<T>& chunk = w.chunk;
-    const int64_t past = c_.n - c_.m, size = c_.d * c_.e;
+    const int64_t past = c_.n - c_.m, size = c_.d * chunk.e;
     load_state(c_, c_.state ? c_.state + unit.number * size : nullptr, w.state, chunk.ld, chunk.le);
     int64_t counted = c_.n;
     for (int64_t first = 0, number = 0; first < c_.n; first += kChunk, ++number) {
       if (c_.states) {
         float* kept = c_.states + (unit.number * chunk_count(c_) + number) * size;
-        store_rows(w.state, chunk.le, c_.d, c_.e, kept, c_.e);
-        if (first + kChunk < c_.n) chunk.ahead.set(Ahead::kState, kept + size, c_.e, c_.e, c_.d);
+        store_rows(w.state, chunk.le, c_.d, chunk.e, kept, chunk.e);
+        if (first + kChunk < c_.n) chunk.ahead.set(Ahead::kState, kept + size, chunk.e, chunk.e, c_.d);
       }
-      const bool all = chunk.load_tokens(unit, first, least(kChunk, c_.n - first));
+      const bool all = chunk.load_tokens(unit, first, least(kChunk, c_.n - first), false);
       const int64_t later = least(kChunk, c_.n - first - kChunk);
       if (later > 0) chunk.expect_tokens(unit, first + kChunk, later);
       const float* u = chunk.v;
@@ -87,7 +88,7 @@ class Recurrent {
     }
     if (c_.lawful) c_.lawful[unit.number] = counted;
     if (counted < c_.n) spoil(w, unit, counted);
-    if (c_.last) store_rows(w.state, chunk.le, c_.d, c_.e, c_.last + unit.number * size, c_.e);
+    if (c_.last) store_rows(w.state, chunk.le, c_.d, chunk.e, c_.last + unit.number * size, chunk.e);
   }
 
   // Results of the chunk for query head i of the state.
@@ -100,9 +101,20 @@ class Recurrent {
     expect_queries(chunk, unit, i);
     chunk.scores(w.q, true, 1.0f, w.scores);
     chunk.read(w.q, w.state, w.o);
-    multiply<Part::kStepsUpTo>(chunk.size, c_.e, chunk.size, rows_of(w.scores, kChunk), u, chunk.le, w.o, chunk.le,
+    multiply<Part::kStepsUpTo>(chunk.size, chunk.e, chunk.size, rows_of(w.scores, kChunk), u, chunk.le, w.o, chunk.le,
                                chunk.fade(), &chunk.ahead);
-    store_rows(w.o + asked.skip * chunk.le, chunk.le, asked.count, c_.e, o, c_.e);
+    float* rows = w.o + asked.skip * chunk.le;
+    if (c_.total) divide(chunk, rows, asked.count, c_.total + asked.place(c_));
+    store_rows(rows, chunk.le, asked.count, c_.e, o, c_.e);
+  }
+
+  // Sums as means: by what stands after the e numbers, which is kept.
+  void divide(const Chunk<T>& chunk, float* rows, int64_t count, float* totals) const {
+    for (int64_t i = 0; i < count; ++i, rows += chunk.le) {
+      totals[i] = rows[c_.e];
+      const Vec factor = splat(totals[i] == 0.0f ? 1.0f : 1.0f / totals[i]);
+      for (int64_t j = 0; j < c_.e; j += kWidth) store(rows + j, load(rows + j) * factor);
+    }
   }
 
   // Those after head i's are the next head's, or the first head's in the next chunk.

@@ -74,7 +74,7 @@ class RecurrentBackward {
 
   void walk(Work& w, const Unit& unit) const {
     Chunk<T>& chunk = w.chunk;
-    const int64_t size = c_.d * c_.e, counted = c_.lawful && c_.beta ? c_.lawful[unit.number] : c_.n;
+    const int64_t size = c_.d * chunk.e, counted = c_.lawful && c_.beta ? c_.lawful[unit.number] : c_.n;
     if (counted < c_.n) clear(unit, counted);
     // NaN that stands for a state after a token that is no step has no gradient.
     const float* d_last = c_.d_last && counted == c_.n ? c_.d_last + unit.number * size : nullptr;
@@ -82,22 +82,22 @@ class RecurrentBackward {
     for (int64_t number = ceil_div(counted, kChunk) - 1; number >= 0; --number) {
       const int64_t first = number * kChunk;
       load_state(c_, c_.states + (unit.number * chunk_count(c_) + number) * size, w.state, chunk.ld, chunk.le);
-      chunk.load_tokens(unit, first, least(kChunk, counted - first));
+      chunk.load_tokens(unit, first, least(kChunk, counted - first), true);
       expect(chunk, unit, first);
       step(w, unit);
     }
-    store_rows(w.ds, chunk.le, c_.d, c_.e, c_.d_state + unit.number * size, c_.e);
+    store_rows(w.ds, chunk.le, c_.d, chunk.e, c_.d_state + unit.number * size, chunk.e);
   }
 
   // Fetches what the chunk before the one that starts at `first` begins with, and where this one's gradients go.
   void expect(Chunk<T>& chunk, const Unit& unit, int64_t first) const {
-    const int64_t place = unit.number * c_.n + first, size = c_.d * c_.e;
+    const int64_t place = unit.number * c_.n + first, size = c_.d * chunk.e;
     chunk.ahead.set(Ahead::kKeySlopes, static_cast<T*>(c_.dk) + place * c_.d, c_.d, c_.d, chunk.size);
     chunk.ahead.set(Ahead::kValueSlopes, static_cast<T*>(c_.dv) + place * c_.e, c_.e, c_.e, chunk.size);
     if (first == 0) return;
     const float* state = c_.states + (unit.number * chunk_count(c_) + first / kChunk - 1) * size;
     chunk.expect_tokens(unit, first - kChunk, kChunk);
-    chunk.ahead.set(Ahead::kState, state, c_.e, c_.e, c_.d);
+    chunk.ahead.set(Ahead::kState, state, chunk.e, chunk.e, c_.d);
   }
   void expect_queries(Chunk<T>& chunk, const Unit& unit, int64_t i) const {
     const bool same = i + 1 < c_.h / c_.s;
@@ -127,8 +127,8 @@ class RecurrentBackward {
       w.kept[i] = chunk.through[i] * sum(both);
     }
     chunk.weigh_keys();
-    multiply(round_up(tokens, kSolveRows), c_.e, c_.d, rows_of(chunk.kw, ld), w.ds, le, w.du, le, nullptr, &chunk.ahead);
-    multiply(tokens, c_.d, c_.e, rows_of(u, le), w.ds_t, ld, w.d_far, ld, nullptr, &chunk.ahead);
+    multiply(round_up(tokens, kSolveRows), chunk.e, c_.d, rows_of(chunk.kw, ld), w.ds, le, w.du, le, nullptr, &chunk.ahead);
+    multiply(tokens, c_.d, chunk.e, rows_of(u, le), w.ds_t, ld, w.d_far, ld, nullptr, &chunk.ahead);
     fade(chunk, chunk.end, chunk.to_end, w.d_far);
     for (int64_t i = 0; i < kChunk * ld; i += kWidth) {
       store(w.dk_column + i, zero());
@@ -146,6 +146,9 @@ class RecurrentBackward {
     if (c_.d_decay) decays(w, unit);
     for (int64_t i = 0; i < tokens * ld; i += kWidth)
       store(w.dk_row + i, (load(w.dk_row + i) + load(w.dk_column + i)) + (load(w.d_far + i) + load(w.dk_own + i)));
+    map_slopes(c_, chunk.k, ld, tokens, w.dk_row);
+    for (int64_t t = 0; t < tokens; ++t)
+      if (chunk.hides(t)) load_rows(w.dk_row, 0, 0, c_.d, 1.0f, w.dk_row + t * ld, ld, 1);
     T* dk = static_cast<T*>(c_.dk) + (unit.number * c_.n + chunk.first) * c_.d;
     store_rows(w.dk_row, ld, tokens, c_.d, dk, c_.d);
   }
@@ -160,23 +163,24 @@ class RecurrentBackward {
     const T* d_o = static_cast<const T*>(c_.d_o) + asked.place(c_) * c_.e;
     load_rows(d_o, c_.e, 0, c_.e, 1.0f, w.d_o, le, skip);
     load_rows(d_o, c_.e, asked.count, c_.e, 1.0f, w.d_o + skip * le, le, kChunk - skip);
+    if (c_.total) divide(chunk, asked, w.d_o + skip * le);
     T* dq = static_cast<T*>(c_.dq) + asked.place(c_) * c_.d;
     chunk.ahead.set(Ahead::kResults, dq, c_.d, c_.d, asked.count);
     expect_queries(chunk, unit, i);
 
     chunk.scores(w.q, true, 1.0f, w.scores);
-    multiply<Part::kStepsFrom>(tokens, c_.e, tokens, columns_of(w.scores, kChunk), w.d_o, le, w.du, le, w.ones,
+    multiply<Part::kStepsFrom>(tokens, chunk.e, tokens, columns_of(w.scores, kChunk), w.d_o, le, w.du, le, w.ones,
                                &chunk.ahead);
-    multiply<Part::kColumnsUpTo>(tokens, tokens, c_.e, rows_of(w.d_o, le), w.ut, kChunk, w.d_scores, kChunk, nullptr,
+    multiply<Part::kColumnsUpTo>(tokens, tokens, chunk.e, rows_of(w.d_o, le), w.ut, kChunk, w.d_scores, kChunk, nullptr,
                                  &chunk.ahead);
     // A token's own key never fades. Left out of the sums for decays, it cannot drown what a gate that closes lets through.
     for (int64_t j = 0; j < tokens; ++j) w.own[j] = w.d_scores[j * kChunk + j];
     chunk.hide(false, 1.0f, w.d_scores);
-    multiply(tokens, c_.d, c_.e, rows_of(w.d_o, le), w.state_t, ld, w.d_rows, ld, nullptr, &chunk.ahead);
+    multiply(tokens, c_.d, chunk.e, rows_of(w.d_o, le), w.state_t, ld, w.d_rows, ld, nullptr, &chunk.ahead);
     fade(chunk, chunk.start, chunk.from_start, w.d_rows);
     pairs(w, w.q, w.d_rows);
     faded_rows(chunk, w.q);
-    multiply(c_.d, c_.e, tokens, columns_of(chunk.x, ld), w.d_o, le, w.ds, le, i ? w.ones : chunk.through,
+    multiply(c_.d, chunk.e, tokens, columns_of(chunk.x, ld), w.d_o, le, w.ds, le, i ? w.ones : chunk.through,
              &chunk.ahead);
     if (c_.d_decay) add_products(w.q, w.d_rows, tokens * ld, w.here);
     if (skip == tokens) return;
@@ -188,7 +192,24 @@ class RecurrentBackward {
         store(w.dk_own + j, fma(own, load(w.q + j), load(w.dk_own + j)));
       }
     }
+    map_slopes(c_, w.q, ld, tokens, w.d_rows);
     store_rows(w.d_rows + skip * ld, ld, asked.count, c_.d, dq, c_.d);
+  }
+
+  // From the gradients of means to those of sums and of what divides them, o = sums / total.
+  void divide(const Chunk<T>& chunk, const Asked& asked, float* rows) const {
+    const T* o = static_cast<const T*>(c_.o) + asked.place(c_) * c_.e;
+    const float* totals = c_.total + asked.place(c_);
+    for (int64_t i = 0; i < asked.count; ++i, rows += chunk.le, o += c_.e) {
+      const float factor = totals[i] == 0.0f ? 1.0f : 1.0f / totals[i];
+      Vec both = zero();
+      for (int64_t j = 0; j < c_.e; j += kWidth) {
+        const Vec slope = load(rows + j) * splat(factor);
+        both = fma(slope, load_some(o + j, c_.e - j), both);
+        store(rows + j, slope);
+      }
+      rows[c_.e] = totals[i] == 0.0f ? 0.0f : -sum(both);
+    }
   }
 
   // Through the delta rule's system: from the gradient of u to those of v, beta, the keys and the state.
@@ -204,15 +225,15 @@ class RecurrentBackward {
         d_beta[i] = sum(both);
       }
     }
-    multiply<Part::kColumnsUpTo>(tokens, tokens, c_.e, rows_of(w.dr, le), w.ut, kChunk, w.d_scores, kChunk);
+    multiply<Part::kColumnsUpTo>(tokens, tokens, chunk.e, rows_of(w.dr, le), w.ut, kChunk, w.d_scores, kChunk);
     chunk.hide(false, -1.0f, w.d_scores);
-    multiply(tokens, c_.d, c_.e, rows_of(w.dr, le), w.state_t, ld, w.dk_row, ld);
+    multiply(tokens, c_.d, chunk.e, rows_of(w.dr, le), w.state_t, ld, w.dk_row, ld);
     fade(chunk, chunk.start, chunk.from_start, w.dk_row);
     for (int64_t i = 0; i < kChunk * ld; i += kWidth) store(w.dk_row + i, zero() - load(w.dk_row + i));
     pairs(w, chunk.k, w.dk_row);
     faded_rows(chunk, chunk.k);
     for (int64_t i = 0; i < tokens * ld; i += kWidth) store(chunk.x + i, zero() - load(chunk.x + i));
-    multiply(c_.d, c_.e, tokens, columns_of(chunk.x, ld), w.dr, le, w.ds, le, w.ones);
+    multiply(c_.d, chunk.e, tokens, columns_of(chunk.x, ld), w.dr, le, w.ds, le, w.ones);
     if (c_.d_decay) add_products(chunk.k, w.dk_row, tokens * ld, w.here);
   }
 
@@ -260,6 +281,7 @@ class RecurrentBackward {
     }
   }
 
+  // Gradients of the decays; those of hidden tokens, which do not fade, are zeros.
   void decays(Work& w, const Unit& unit) const {
     Chunk<T>& chunk = w.chunk;
     const int64_t ld = chunk.ld, tokens = chunk.size;
@@ -277,7 +299,8 @@ class RecurrentBackward {
           store(w.here + t * ld + j, later);
         }
         for (int64_t t = 0; t < tokens; ++t) {
-          store_some(to + t * c_.d + j, load(w.here + t * ld + j) + before, c_.d - j);
+          const Vec found = load(w.here + t * ld + j) + before;
+          store_some(to + t * c_.d + j, chunk.hides(t) ? zero() : found, c_.d - j);
           before = before + load(chunk.x + t * ld + j);
         }
       }
@@ -287,7 +310,7 @@ class RecurrentBackward {
       for (int64_t j = 0; j < c_.d; ++j) later += w.kept[j];
       for (int64_t t = tokens - 1; t >= 0; --t) to[t] = later += row_sum(w.here + t * ld, c_.d);
       for (int64_t t = 0; t < tokens; ++t) {
-        to[t] += before;
+        to[t] = chunk.hides(t) ? 0.0f : to[t] + before;
         before += row_sum(chunk.x + t * ld, c_.d);
       }
     }

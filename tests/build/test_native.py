@@ -71,6 +71,8 @@ def test_constants_match_the_header():
     assert constants.pop("LINEAR_CHUNK") == linear.CHUNK
     kinds = tuple(constants.pop(f"DECAY_{kind}") for kind in ("NONE", "TOKEN", "CHANNEL"))
     assert kinds == (linear.DECAY_NONE, linear.DECAY_TOKEN, linear.DECAY_CHANNEL)
+    maps = tuple(constants.pop(f"MAP_{kind}") for kind in ("NONE", "ELU", "RELU"))
+    assert maps == (linear.MAP_NONE, linear.MAP_ELU, linear.MAP_RELU)
     assert {str(dtype): constants.pop(str(dtype).removeprefix("torch.").upper()) for dtype in native.DTYPES} == {
         str(dtype): number for dtype, number in native.DTYPES.items()
     }

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from attnkit import native, recurrence
 from attnkit.mechanisms.delta import delta_attention
+from attnkit.mechanisms.linear import linear_attention
 from attnkit.native.recurrence import recurrence as run
 from attnkit.testing.budgets import assert_within
 
@@ -73,6 +74,51 @@ def test_every_level_agrees_with_the_recurrence(poisoned, sizes, kind, delta, le
         got = with_gradients(lambda x: run(**x, scale=0.3), given)
     for i, name in enumerate(("o", "state", *given)):
         assert_within(got[i], true[i], rough[i], torch.float32, gradient=i > 1, what=name)
+
+
+@pytest.mark.parametrize("level", native.STATUS.levels)
+@pytest.mark.parametrize("sizes", SIZES[1:], ids=str)
+@pytest.mark.parametrize("feature_map", ("elu", "relu"))
+def test_maps_means_and_padding_agree_with_the_definition(poisoned, feature_map, sizes, level):
+    """Two query heads a state, whose queries are the last tokens; hidden tokens are among all others."""
+    b, s, n, d, e = sizes
+    given = {name: x for name, x in drawn(sizes, "none", False).items() if name in "qkv"}
+    given["q"] = torch.randn(b, 2 * s, n - 5, d, generator=torch.Generator().manual_seed(2))
+    keep = torch.arange(n).remainder(7) != 2
+    keep = keep[None].repeat(b, 1)
+    keep[-1, :3] = False
+
+    def by(backend: str):
+        def form(x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            o = linear_attention(**x, feature_map=feature_map, keep=keep, backend=backend)
+            return o, o.new_zeros(1)
+
+        return form
+
+    true = with_gradients(by("reference"), {name: x.double() for name, x in given.items()})
+    rough = with_gradients(by("reference"), given)
+    with native.use_level(level):
+        got = with_gradients(by("cpu"), given)
+    for i, name in ((0, "o"), *enumerate(given, 2)):
+        assert_within(got[i], true[i], rough[i], torch.float32, gradient=i > 1, what=name)
+    assert not got[3][~keep[:, None].expand(-1, s, -1)].any(), "hidden keys have a gradient"
+
+
+@pytest.mark.parametrize("kind", ("token", "channel"))
+def test_hidden_tokens_neither_add_nor_fade(kind):
+    """The same as without them, with gradients of 0, whatever they hold."""
+    given = drawn((2, 2, 70, 16, 8), kind, False)
+    keep = torch.arange(70).remainder(5) != 1
+    given["k"][:, :, ~keep], given["v"][:, :, ~keep] = torch.nan, torch.inf
+    hidden = with_gradients(lambda x: run(**x, keep=keep[None].repeat(2, 1)), given)
+    shown = {name: x if name == "state" else x[:, :, keep] for name, x in given.items()}
+    rest = run(**shown)
+    assert_within(hidden[0][:, :, keep], rest[0].double(), rest[0], torch.float32, what="o")
+    assert_within(hidden[1], rest[1].double(), rest[1], torch.float32, what="state")
+    for name, slope in zip(given, hidden[2:], strict=True):
+        assert slope.isfinite().all(), name
+        if name in ("k", "v", "log_decay"):
+            assert not slope[:, :, ~keep].any(), name
 
 
 @pytest.mark.parametrize("delta", (False, True), ids=("sum", "delta"))

@@ -6,15 +6,18 @@ from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 
 CHUNK = 32
 DECAY_NONE, DECAY_TOKEN, DECAY_CHANNEL = 0, 1, 2
+MAP_NONE, MAP_ELU, MAP_RELU = 0, 1, 2
 
 FIELDS: tuple[tuple[str, type], ...] = (
-    *((name, c_void_p) for name in ("q", "k", "v", "decay", "beta", "state", "o", "last", "states", "lawful")),
-    *((name, c_void_p) for name in ("d_o", "d_last", "dq", "dk", "dv", "d_decay", "d_beta", "d_state")),
+    *((name, c_void_p) for name in ("q", "k", "v", "decay", "beta", "keep", "state", "o", "last")),
+    *((name, c_void_p) for name in ("states", "total", "lawful", "d_o", "d_last")),
+    *((name, c_void_p) for name in ("dq", "dk", "dv", "d_decay", "d_beta", "d_state")),
     *((name, c_int64) for name in ("b", "h", "s", "k_heads", "v_heads", "m", "n", "d", "e")),
     *((name, c_int64) for name in ("q_b", "q_h", "q_m", "k_b", "k_h", "k_n", "v_b", "v_h", "v_n")),
     *((name, c_int64) for name in ("decay_b", "decay_s", "decay_n", "beta_b", "beta_s", "beta_n", "threads")),
     ("dtype", c_int32),
     ("decay_kind", c_int32),
+    ("map", c_int32),
     ("scale", c_float),
 )
 

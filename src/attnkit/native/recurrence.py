@@ -6,7 +6,8 @@ in ``beta``. The forward pass keeps one state for each 32 tokens when a gradient
 
 from __future__ import annotations
 
-from typing import Any
+from ctypes import c_void_p
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,20 @@ from attnkit.native.memory import empty
 # Scratch memory grows with d * e; no head is near this.
 MOST_SIZE = 1 << 16
 
+POINTERS = tuple(name for name, kind in linear.FIELDS if kind is c_void_p)
+MAPS = {"elu": linear.MAP_ELU, "relu": linear.MAP_RELU}
+
+# q, k, v, log_decay, beta, state
 Given = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+class Options(NamedTuple):
+    """What is no tensor that has a gradient; see ``recurrence``."""
+
+    scale: float
+    keep: Tensor | None
+    feature_map: str | None
+    means: bool
 
 
 def reasons(q: Tensor, d: int, e: int) -> tuple[str, ...]:
@@ -50,6 +64,8 @@ def recurrence(
     beta: Tensor | None = None,
     keep: Tensor | None = None,
     scale: float = 1.0,
+    feature_map: str | None = None,
+    means: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``o`` (b, h, m, e) in q's dtype and the state (b, s, d, e) float32 after the last token.
 
@@ -59,22 +75,33 @@ def recurrence(
     beta: (b, s, n) for the delta rule, whose tokens have to be lawful: see ``attnkit.mechanisms.delta.lawful``.
     state: (b, s, d, e); None is zeros. ``s`` is the most heads that any of k, v, log_decay, beta and state has.
     keep: (b, n) bool, False for padding, which neither adds to the state nor lets it fade; not with ``beta``.
+    feature_map: "elu" or "relu", which queries and keys pass through first, as in ``attnkit.mechanisms.linear``.
+    means: divide results by the sum of their weights, or by 1 where it is 0; states then have one more column, of the
+        keys' sums, and so has what is given. Not with ``beta``, as little as a map.
     """
     if log_decay is not None:
         log_decay = log_decay.float()
         if log_decay.dim() == 1:
             log_decay = log_decay[None, :, None].expand(q.shape[0], -1, k.shape[2])
-    if keep is not None:
-        k = k.masked_fill(~keep[:, None, :, None], 0.0)
-        if log_decay is not None:
-            log_decay = log_decay.masked_fill(~(keep[:, None, :, None] if log_decay.dim() == 4 else keep[:, None]), 0.0)
     beta = None if beta is None else beta.float()
     state = None if state is None else state.float()
     given: Given = (q, k, v, log_decay, beta, state)
+    options = Options(scale, None if keep is None else keep.contiguous(), feature_map, means)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
-        o, last = _Recurrence.apply(*given, scale)  # type: ignore[no-untyped-call]
+        o, last = _Recurrence.apply(*given, options)  # type: ignore[no-untyped-call]
         return o, last
-    return _forward(given, scale, keep_states=False)[:2]
+    found = _forward(given, options, keep_states=False)
+    return found.o, found.last
+
+
+class Found(NamedTuple):
+    """Results and the last state; for gradients states before every chunk, divisors and how many tokens count."""
+
+    o: Tensor
+    last: Tensor
+    states: Tensor
+    total: Tensor | None
+    lawful: Tensor
 
 
 class _Recurrence(Function):
@@ -89,38 +116,49 @@ class _Recurrence(Function):
         log_decay: Tensor | None,
         beta: Tensor | None,
         state: Tensor | None,
-        scale: float,
+        options: Options,
     ) -> tuple[Tensor, Tensor]:
-        o, last, states, lawful = _forward((q, k, v, log_decay, beta, state), scale, keep_states=True)
-        ctx.scale = scale
-        ctx.save_for_backward(q, k, v, log_decay, beta, state, states, lawful)
-        return o, last
+        found = _forward((q, k, v, log_decay, beta, state), options, keep_states=True)
+        ctx.options = options
+        o = found.o if options.means else None
+        ctx.save_for_backward(q, k, v, log_decay, beta, state, o, found.states, found.total, found.lawful)
+        return found.o, found.last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_o: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
-        *given, states, lawful = ctx.saved_tensors
-        slopes = _backward(tuple(given), ctx.scale, states, lawful, d_o, d_last)
+        *given, o, states, total, lawful = ctx.saved_tensors
+        saved = {"o": o, "states": states, "total": total, "lawful": lawful}
+        slopes = _backward(tuple(given), ctx.options, saved, d_o, d_last, ctx.needs_input_grad)
         return *slopes, None
 
 
-def _forward(given: Given, scale: float, *, keep_states: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Results, the last state, the states before every chunk if they are to be kept, and how many tokens count."""
+def _forward(given: Given, options: Options, *, keep_states: bool) -> Found:
     q, k, v, log_decay, beta, state = given = _laid_out(given)
-    (b, h, m, d), e, s = q.shape, v.shape[3], _states(given)
-    o, last = empty(q, b, h, m, e), empty(q, b, s, d, e, dtype=torch.float32)
-    if k.shape[2] == 0:
-        last.zero_() if state is None else last.copy_(state)
-    chunks = -(-k.shape[2] // linear.CHUNK) if keep_states else 0
-    states = empty(q, b, s, chunks, d, e, dtype=torch.float32)
-    lawful = q.new_empty(0 if beta is None else b * s, dtype=torch.int64)
-    results = {"o": o, "last": last, "states": states if keep_states else None, "lawful": lawful}
-    native.run("linear_forward", _packed(given, scale, results))
-    return o, last, states, lawful
+    (b, h, m, d), n, e, s = q.shape, k.shape[2], v.shape[3], _states(given)
+    columns = e + options.means
+    chunks = -(-n // linear.CHUNK) if keep_states else 0
+    found = Found(
+        o=empty(q, b, h, m, e),
+        last=empty(q, b, s, d, columns, dtype=torch.float32),
+        states=empty(q, b, s, chunks, d, columns, dtype=torch.float32),
+        total=empty(q, b, h, m, dtype=torch.float32) if options.means else None,
+        lawful=q.new_empty(0 if beta is None else b * s, dtype=torch.int64),
+    )
+    if n == 0:
+        found.last.zero_() if state is None else found.last.copy_(state)
+    results = found._asdict() | {"states": found.states if keep_states else None}
+    native.run("linear_forward", _packed(given, options, results))
+    return found
 
 
 def _backward(
-    given: Given, scale: float, states: Tensor, lawful: Tensor, d_o: Tensor, d_last: Tensor
+    given: Given,
+    options: Options,
+    saved: dict[str, Tensor | None],
+    d_o: Tensor,
+    d_last: Tensor,
+    wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of what was given."""
     q, k, v, log_decay, beta, state = given = _laid_out(given)
@@ -129,12 +167,12 @@ def _backward(
         "dq": empty(q, b, h, m, d),
         "dk": empty(k, b, s, n, d),
         "dv": empty(v, b, s, n, e),
-        "d_decay": None if log_decay is None else empty(q, *log_decay.shape, dtype=torch.float32),
+        "d_decay": empty(q, *log_decay.shape, dtype=torch.float32) if log_decay is not None and wanted[3] else None,
         "d_beta": None if beta is None else q.new_empty(b, s, n, dtype=torch.float32),
-        "d_state": d_last.clone(memory_format=torch.contiguous_format) if n == 0 else torch.empty_like(states[:, :, 0]),
+        "d_state": d_last.clone(memory_format=torch.contiguous_format),  # what it is without a token
     }
-    saved = {"states": states, "lawful": lawful, "d_o": d_o.to(q.dtype).contiguous(), "d_last": d_last.contiguous()}
-    native.run("linear_backward", _packed(given, scale, {**saved, **slopes}))
+    more = saved | {"d_o": d_o.to(q.dtype).contiguous(), "d_last": d_last.contiguous()}
+    native.run("linear_backward", _packed(given, options, more | slopes))
     for name, x in (("dk", k), ("dv", v)):
         slope = slopes[name]
         if slope is not None and x.shape[1] != s:
@@ -157,16 +195,16 @@ def _laid_out(given: Given) -> Given:
     return q, k, v, log_decay, beta, None if state is None else state.contiguous()
 
 
-def _packed(given: Given, scale: float, more: dict[str, Tensor | None]) -> bytes:
+def _packed(given: Given, options: Options, more: dict[str, Tensor | None]) -> bytes:
     q, k, v, log_decay, beta, state = given
     (b, h, m, d), n, e = q.shape, k.shape[2], v.shape[3]
     tensors: dict[str, Tensor | None] = {"q": q, "k": k, "v": v, "decay": log_decay, "beta": beta, "state": state}
-    tensors |= more
-    kind = linear.DECAY_NONE
+    tensors |= more | {"keep": options.keep}
+    decays = linear.DECAY_NONE
     if log_decay is not None:
-        kind = linear.DECAY_CHANNEL if log_decay.dim() == 4 else linear.DECAY_TOKEN
+        decays = linear.DECAY_CHANNEL if log_decay.dim() == 4 else linear.DECAY_TOKEN
     return native.pack_linear(
-        *(0 if x is None else x.data_ptr() for x in (tensors.get(name) for name, _ in linear.FIELDS[:18])),
+        *(0 if x is None else x.data_ptr() for x in (tensors.get(name) for name in POINTERS)),
         *(b, h, _states(given), k.shape[1], v.shape[1], m, n, d, e),
         *q.stride()[:3],
         *k.stride()[:3],
@@ -175,6 +213,7 @@ def _packed(given: Given, scale: float, more: dict[str, Tensor | None]) -> bytes
         *((0, 0, 0) if beta is None else beta.stride()),
         torch.get_num_threads(),
         native.DTYPES[q.dtype],
-        kind,
-        scale,
+        decays,
+        MAPS.get(options.feature_map or "", linear.MAP_NONE),
+        options.scale,
     )

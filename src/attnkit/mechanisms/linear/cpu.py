@@ -1,12 +1,11 @@
-"""Linear attention by the native kernels, forward and backward; feature maps and the division are torch's."""
+"""Linear attention by the native kernels, forward and backward; of the feature maps elu and relu are theirs too."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from attnkit.mechanisms.linear.maps import FeatureMap, count, features
-from attnkit.mechanisms.linear.sums import divided, with_ones
-from attnkit.native.recurrence import reasons, recurrence
+from attnkit.native.recurrence import MAPS, reasons, recurrence
 from attnkit.spec import Call
 
 
@@ -28,5 +27,7 @@ def forward(
     causal: bool,
     keep: Tensor | None,
 ) -> Tensor:
+    if feature_map in MAPS:
+        return recurrence(q, k, v, keep=keep, feature_map=feature_map, means=True)[0]
     mapped = features(q, k, feature_map, projection, keep=keep)
-    return divided(recurrence(mapped.q, mapped.k, with_ones(v), mapped.log_decay)[0]).to(q.dtype)
+    return recurrence(mapped.q, mapped.k, v.to(mapped.q.dtype), mapped.log_decay, means=True)[0].to(q.dtype)
