@@ -19,7 +19,7 @@ class Coarse {
  public:
   explicit Coarse(const attnkit_coarse& call)
       : s_(call),
-        kv_(softmax_call(call)),
+        kv_(packing_call(call, call.c, call.k_n, call.e, call.v_n)),
         sizes_(kv_),
         exponent_(call.scale * kLog2E),
         heads_(call.h / call.g),
@@ -73,15 +73,6 @@ class Coarse {
   int64_t work_bytes() const {
     return round_up(4 * (kRows * (query_steps_ + 2 * columns_ + value_columns_ + kWidth) + queries_ * columns_ + s_.s),
                     64);
-  }
-
-  // What packing and useful_threads ask for: the compressed blocks are the keys.
-  static attnkit_softmax softmax_call(const attnkit_coarse& call) {
-    attnkit_softmax s = {};
-    s.b = call.b, s.h = call.h, s.g = call.g, s.m = call.m, s.n = call.c, s.d = call.d, s.e = call.e;
-    s.k_n = call.k_n, s.v_n = call.v_n;
-    s.threads = call.threads;
-    return s;
   }
 
   // Last position whose tokens query `i` may see, and how many compressed blocks end there or before.

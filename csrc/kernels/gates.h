@@ -11,7 +11,7 @@ class Gates {
  public:
   explicit Gates(const attnkit_gates& call)
       : s_(call),
-        kv_(softmax_call(call)),
+        kv_(packing_call(call, call.c, call.d)),
         sizes_(kv_),
         query_steps_(round_up(call.d, kWidth)),
         groups_(ceil_div(call.m, kRows)),
@@ -38,13 +38,6 @@ class Gates {
  private:
   int64_t work_bytes() const {
     return round_up(4 * kRows * (query_steps_ + kBlockKeys) + kRows * Best::bytes(s_.s), 64);
-  }
-  static attnkit_softmax softmax_call(const attnkit_gates& call) {
-    attnkit_softmax s = {};
-    s.b = call.b, s.h = call.h, s.g = call.g, s.m = call.m, s.n = call.c, s.d = call.d;
-    s.q_m = call.q_m, s.k_n = call.d;
-    s.threads = call.threads;
-    return s;
   }
   float* keys(char* scratch, int64_t head) const { return reinterpret_cast<float*>(scratch + head * sizes_.bytes()); }
 

@@ -37,7 +37,7 @@ class Indexer {
  public:
   explicit Indexer(const attnkit_indexer& call)
       : s_(call),
-        kv_(softmax_call(call)),
+        kv_(packing_call(call, call.n, call.k_n)),
         sizes_(kv_),
         query_steps_(round_up(sizes_.key_steps, kWidth)),
         groups_(clamp<int64_t>(kIndexRows / (kRows * call.h), 1, ceil_div(most<int64_t>(call.m, 1), kRows))),
@@ -85,15 +85,6 @@ class Indexer {
     return round_up(4 * (queries_ * s_.h * (query_steps_ + 1) + round_up(kRows * kBlockKeys, 16)) +
                         queries_ * (static_cast<int64_t>(sizeof(Best)) + Best::bytes(most_)),
                     64);
-  }
-
-  // What packing and useful_threads ask for.
-  static attnkit_softmax softmax_call(const attnkit_indexer& call) {
-    attnkit_softmax s = {};
-    s.b = call.b, s.h = call.h, s.g = call.g, s.m = call.m, s.n = call.n, s.d = call.d;
-    s.q_m = call.q_m, s.k_n = call.k_n;
-    s.threads = call.threads;
-    return s;
   }
 
   Element* keys(char* scratch, int64_t group) const {

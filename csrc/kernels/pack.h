@@ -118,3 +118,13 @@ void pack_queries(const attnkit_softmax& s, const T* queries, int64_t count, int
       store(to + at, i < count && at * Math::kNumbers < s.d ? load_steps<Math>(queries + i * s.q_m, at, s.d) : zero());
   }
 }
+
+// What packing and useful_threads ask of a call that is no softmax call: its keys, and values where it has some to pack.
+template <class Call>
+attnkit_softmax packing_call(const Call& call, int64_t keys, int64_t k_n, int64_t e = 0, int64_t v_n = 0) {
+  attnkit_softmax s = {};
+  s.b = call.b, s.h = call.h, s.g = call.g, s.m = call.m, s.n = keys, s.d = call.d, s.e = e;
+  s.q_m = call.q_m, s.k_n = k_n, s.v_n = v_n;
+  s.threads = call.threads;
+  return s;
+}

@@ -21,7 +21,7 @@ class Selected {
  public:
   explicit Selected(const attnkit_selected& call)
       : s_(call),
-        kv_(softmax_call(call)),
+        kv_(packing_call(call, call.n, call.k_n, call.e, call.v_n)),
         sizes_(kv_),
         exponent_(call.scale * kLog2E),
         heads_(call.h / call.lists),
@@ -85,15 +85,6 @@ class Selected {
                          kRows * (query_steps_ + value_columns_ + kTile + kWeightStep + kWidth) + blocks_ + 2 +
                          span_ * (s_.s + 1)),
                     64);
-  }
-
-  // What packing and useful_threads ask for.
-  static attnkit_softmax softmax_call(const attnkit_selected& call) {
-    attnkit_softmax s = {};
-    s.b = call.b, s.h = call.h, s.g = call.g, s.m = call.m, s.n = call.n, s.d = call.d, s.e = call.e;
-    s.q_m = call.q_m, s.k_n = call.k_n, s.v_n = call.v_n;
-    s.threads = call.threads;
-    return s;
   }
 
   void pack(const Packed<Math>& kv, int64_t batch, int64_t group, int64_t panel) const {
