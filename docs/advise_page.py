@@ -8,8 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from attnkit import bench
 from attnkit.advise import advise, claims
 from attnkit.advise.terminal import show
+from attnkit.advise.words import seconds
 
 EXAMPLES = {
     "llama-3-8b": {"hardware": "a10", "lengths": "p50=2k,p99=6k", "concurrency": 16, "most": "a switch"},
@@ -28,9 +30,32 @@ def command(model: str, asked: dict[str, object]) -> str:
     return shlex.join(words)
 
 
-def write(folder: Path) -> None:
-    """Write a file for each example and one with the claims."""
+def checked(results: Path) -> str:
+    """The newest committed lines of ``attnkit advise --check`` as a table."""
+    run, *lines = bench.read(sorted(results.glob("*-advise-check.jsonl"))[-1])
+    head = "| | layer | bytes of a state | a step: measured, predicted | a prompt: measured, predicted |"
+    rows = [
+        f"| {line['shape']} | {line['layer']} | {line['allocated_bytes']:,}, "
+        f"{'as predicted' if line['bytes_equal'] else 'not as predicted'} | "
+        f"{seconds(line['measured_step'])}, {seconds(line['predicted_step'])} | "
+        f"{seconds(line['measured_prompt'])}, {seconds(line['predicted_prompt'])} |"
+        for line in lines
+    ]
+    sizes = (
+        f"States and steps of {lines[0]['tokens']:,} tokens, prompts of {lines[0]['prompt']:,}, bfloat16, one thread"
+    )
+    return (
+        "\n".join(
+            [f"{sizes}; {run['machine']['cpu']}, {run['started'][:10]}.", "", head, "|---|---|---|---|---|", *rows]
+        )
+        + "\n"
+    )
+
+
+def write(folder: Path, results: Path) -> None:
+    """Write a file for each example, one with the claims, and one with what was checked."""
     folder.mkdir(exist_ok=True)
+    (folder / "check.md").write_text(checked(results), encoding="utf-8")
     for model, asked in EXAMPLES.items():
         out = io.StringIO()
         show(advise(model, **asked), Console(file=out, width=150))

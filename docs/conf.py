@@ -30,6 +30,6 @@ exclude_patterns = ["_build", "advise/*.md", "speed/*.md"]
 html_theme = "furo"
 html_title = f"attnkit {attnkit.__version__}"
 
-advise_page.write(HERE / "advise")
+advise_page.write(HERE / "advise", HERE.parent / "benchmarks" / "results")
 mechanism_pages.write(HERE / "mechanisms")
 speed_page.write(HERE.parent / "benchmarks" / "results", HERE / "speed")
