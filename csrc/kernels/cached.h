@@ -15,8 +15,10 @@ struct Plain {
   void open(Tile<Rows>& tile, T*, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end, int64_t next,
             int64_t n) const {
     const RowPlaces<T> keys = places(c_.k, c_.k_b, c_.k_g, c_.k_n, batch, group);
+    const RowPlaces<T> values = places(c_.v, c_.v_b, c_.v_g, c_.v_n, batch, group);
     keys.find(tile.keys, first, begin, end);
-    places(c_.v, c_.v_b, c_.v_g, c_.v_n, batch, group).find(tile.values, first, begin, end);
+    values.find(tile.values, first, begin, end);
+    if (c_.pages) look_ahead(keys, values, first, n);
     tile.fetch = next < n;
     if (tile.fetch) keys.find(tile.next, next, 0, least(kWalkKeys, n - next));
   }
@@ -83,15 +85,6 @@ struct Int8 {
     const int8_t* codes = reinterpret_cast<const int8_t*>(from);
     for (int64_t j = 0; j < count; ++j) to[j] = static_cast<float>(codes[j]);
   }
-#if defined(ATTNKIT_BF16_DOT)
-  static constexpr float kValueScale = 1.0f;
-  // Exact: 7 bits and a sign fit bfloat16.
-  static ATTNKIT_INLINE Pairs pairs(__m256i codes) {
-    const __m512 lo = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
-    const __m512 hi = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi, lo));
-  }
-#endif
 };
 
 // Sign, 4 bits of exponent whose bias is 7, 3 of mantissa. The codec writes no subnormal codes: 0 is the only number of
@@ -107,12 +100,11 @@ struct Fp8 {
 #if defined(ATTNKIT_BF16_DOT)
   static constexpr float kValueScale = 256.0f;  // the largest scale is 2^128 / 448, so this cannot overflow
   static ATTNKIT_INLINE Pairs pairs(__m256i codes) {
-    const __m512i x = _mm512_cvtepu8_epi16(codes);
+    const __m512i x = _mm512_cvtepi8_epi16(codes);  // the sign is in the upper nine bits
     const __m512i size = _mm512_and_si512(_mm512_slli_epi16(x, 4), _mm512_set1_epi16(0x7f0));
     const __m512i number =
         _mm512_maskz_add_epi16(_mm512_test_epi16_mask(size, size), size, _mm512_set1_epi16((127 - 7) << 7));
-    const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(x, 8), _mm512_set1_epi16(static_cast<int16_t>(0x8000)));
-    return _mm512_or_si512(number, sign);
+    return _mm512_ternarylogic_epi64(number, x, _mm512_set1_epi16(static_cast<int16_t>(0x8000)), 0xf8);  // n | x & top
   }
 #endif
 };
@@ -124,12 +116,6 @@ template <class Form>
 struct Code {
   uint8_t bits;
 };
-ATTNKIT_INLINE Vec load(const Code<Int8>* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-}
-ATTNKIT_INLINE Vec load_first(const Code<Int8>* p, int count) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(count), p)));
-}
 // As float16 a code with its exponent in place is 2^-8 of the number: Form::kValueScale makes up for it.
 ATTNKIT_INLINE Vec widen_fp8(__m128i codes) {
   const __m256i moved = _mm256_srai_epi16(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8), 1);
@@ -209,6 +195,7 @@ struct Grouped {
     const int64_t parts = ceil_div(c_.e, c_.channels);
     const int64_t at_values = batch * c_.v_scale_b + group * c_.v_scale_g + first * parts;
     const A* recent = static_cast<const A*>(c_.recent) + batch * c_.recent_b + group * c_.recent_g;
+    look_ahead(RowPlaces<uint8_t>{k, c_.k_n, nullptr, 1, 0}, RowPlaces<uint8_t>{v, c_.v_n, nullptr, 1, 0}, first, n);
     const bool waits = first >= n / c_.group * c_.group;
     N* values = memory + kWalkKeys * key_row_;
     for (int64_t i = begin; i < end; ++i) {

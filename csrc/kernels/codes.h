@@ -72,14 +72,7 @@ struct ByteCodes {
     }
     const float* k_scale = static_cast<const float*>(c_.k_scale) + batch * c_.k_scale_b + group * c_.k_scale_g + first;
     const float* v_scale = static_cast<const float*>(c_.v_scale) + batch * c_.v_scale_b + group * c_.v_scale_g + first;
-    // One page of memory after the other costs a walk of its tables each; several at once overlap.
-    if (first % (kWalkAhead * kWalkKeys) == 0)
-      for (int64_t i = kWalkAhead; i < 2 * kWalkAhead; ++i) {
-        const int64_t at = first + i * kWalkKeys;
-        if (at >= n) break;
-        prefetch_row(keys.at(at), 1);
-        prefetch_row(values.at(at), 1);
-      }
+    look_ahead(keys, values, first, n);
     const uint64_t inside = bit_range(begin, end);
     for (int64_t i = 0; i < kWalkKeys; i += kWidth) {
       const __mmask16 some = static_cast<__mmask16>(inside >> i);
@@ -89,7 +82,7 @@ struct ByteCodes {
     const Memory w(*this, memory);
     if (!w.ready->is(batch, group, first))
       for (int64_t unit = 0; unit < units(key_bytes_); ++unit)
-        regroup(w.keys, tile.keys, c_.d, begin, end, unit, turn_keys);
+        regroup(w.keys, tile.keys, c_.d, begin, end, false, unit, turn_keys);
     *w.ready = {batch, group, tile.fetch && next + kWalkKeys <= n ? next : -1};
   }
 
@@ -128,6 +121,7 @@ struct ByteCodes {
     const Memory w(*this, memory);
     const int8_t* queries = w.queries + 8 * r * key_bytes_;
     int64_t unit = r == 0 ? 0 : units(value_bytes_), key = r == 0 && tile.fetch ? 0 : kWalkKeys;
+    const bool whole = begin == 0 && end == kWalkKeys && c_.e % 64 == 0;
     const int64_t last_unit = units(value_bytes_), steps = key_bytes_ / 16;
     for (int64_t c = begin / kWidth * kWidth; c < end; c += kWidth) {
       const uint8_t* keys = w.keys + c / 4 * 64;
@@ -140,7 +134,7 @@ struct ByteCodes {
         if (plane == 1) move_up(acc);
         for (int64_t j = 0; j < steps; ++j) {
           if (key < kWalkKeys) prefetch_row(tile.next[key++], c_.d);
-          if (j % 2 == 1 && unit < last_unit) regroup(w.values, tile.values, c_.e, begin, end, unit++, turn_values);
+          if (j % 2 == 1 && unit < last_unit) regroup(w.values, tile.values, c_.e, begin, end, whole, unit++, turn_values);
           add_products(acc, keys + j * kFours * 64, queries + (plane * 4 * key_bytes_ + j * 64), 8 * key_bytes_);
         }
       }
@@ -154,7 +148,7 @@ struct ByteCodes {
       }
     }
     while (key < kWalkKeys) prefetch_row(tile.next[key++], c_.d);
-    while (unit < last_unit) regroup(w.values, tile.values, c_.e, begin, end, unit++, turn_values);
+    while (unit < last_unit) regroup(w.values, tile.values, c_.e, begin, end, whole, unit++, turn_values);
   }
 
   // Weights, by their tokens' scales, of kCount rows; row i counts the keys in seen[i], those of others may be anything.
@@ -206,6 +200,7 @@ struct ByteCodes {
     const bool fetch = r == 0 && tile.fetch;
     int64_t unit = r == 0 && w.ready->first >= 0 ? 0 : units(key_bytes_);
     const int64_t last_unit = units(key_bytes_);
+    const bool whole = c_.d % 64 == 0;
     for (int64_t column = 0; column < c_.e; column += 64) {
       const uint8_t* values = w.values + column * kWalkKeys;
       const int64_t part = least<int64_t>(64, c_.e - column);
@@ -219,7 +214,7 @@ struct ByteCodes {
         for (int64_t f = four; f < fours; ++f) {
           if (fetch)
             for (int64_t c = 0; c < 2; ++c) prefetch_row(tile.next_values[4 * f + 2 * plane + c] + column, part);
-          if (f % 2 == 1 && unit < last_unit) regroup(w.keys, tile.next, c_.d, 0, kWalkKeys, unit++, turn_keys);
+          if (f % 2 == 1 && unit < last_unit) regroup(w.keys, tile.next, c_.d, 0, kWalkKeys, whole, unit++, turn_keys);
           add_weighted(acc, values + f * 64, weights + plane * kWalkKeys + 4 * f);
         }
       }
@@ -227,12 +222,11 @@ struct ByteCodes {
       for (int i = 0; i < kCount; ++i)
         add_sums(sums + i * stride + column, acc[i], splat(w.weight_scales[4 * r + 4 * i]), c_.e - column);
     }
-    while (unit < last_unit) regroup(w.keys, tile.next, c_.d, 0, kWalkKeys, unit++, turn_keys);
+    while (unit < last_unit) regroup(w.keys, tile.next, c_.d, 0, kWalkKeys, whole, unit++, turn_keys);
   }
 
  private:
   static constexpr int64_t kFours = kWalkKeys / 4;
-  static constexpr int64_t kWalkAhead = 4;  // tiles
 
   // The tile whose keys are regrouped already.
   struct Place {
@@ -285,20 +279,22 @@ struct ByteCodes {
   static int64_t units(int64_t row_bytes) { return row_bytes / 64 * kFours; }
   template <class F>
   static ATTNKIT_INLINE void regroup(uint8_t* to, const R& rows, int64_t numbers, int64_t begin, int64_t end,
-                                     int64_t unit, F turn) {
-    const int64_t f = unit % kFours, j = unit / kFours * 64, c = 4 * f;
+                                     bool whole, int64_t unit, F turn) {
+    const int64_t f = static_cast<uint64_t>(unit) % kFours, block = static_cast<uint64_t>(unit) / kFours, c = 4 * f;
     Bytes x[4];
-    if (c >= begin && c + 4 <= end && j + 64 <= numbers) {
+    if (whole) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) x[i] = load_bytes(rows[c + i] + j);
+      for (int i = 0; i < 4; ++i) x[i] = load_bytes(rows[c + i] + 64 * block);
     } else {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i)
-        x[i] = c + i >= begin && c + i < end ? load_bytes_first(rows[c + i] + j, numbers - j) : zero_ints();
+        x[i] = c + i >= begin && c + i < end ? load_bytes_first(rows[c + i] + 64 * block, numbers - 64 * block)
+                                             : zero_ints();
     }
     turn(x);
+    to += (4 * block * kFours + f) * 64;
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + ((j / 16 + i) * kFours + f) * 64, x[i]);
+    for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + i * kFours * 64, x[i]);
   }
   // Keys: four channels of one token in 32 bits, four tokens side by side; unsigned from 1 to 255.
   static ATTNKIT_INLINE void turn_keys(Bytes (&x)[4]) {

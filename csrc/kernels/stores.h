@@ -59,6 +59,23 @@ struct RowPlaces {
   }
 };
 
+// Looks up where tiles to come lie in memory, by touching each of its pages: one after the other costs a walk through the
+// system's tables each, several at once overlap. On a Zen 4 core that attends to n32768 with h32/8 d128, every fourth tile
+// is best: pages of 16 tokens take 1.2 times as long as one buffer and not 1.6, int8 13 % less. One buffer of bfloat16
+// gains nothing.
+constexpr int64_t kLookAhead = 4;
+template <class T>
+ATTNKIT_INLINE void look_ahead(const RowPlaces<T>& keys, const RowPlaces<T>& values, int64_t first, int64_t n) {
+  if (first % (kLookAhead * kWalkKeys) != 0) return;
+  constexpr int64_t kPage = 4096 / static_cast<int64_t>(sizeof(T));
+  const int64_t rows = clamp<int64_t>(kPage / most<int64_t>(keys.stride, 1), 1, kWalkKeys);
+  const int64_t begin = first + kLookAhead * kWalkKeys, end = least(n, begin + kLookAhead * kWalkKeys);
+  for (int64_t at = begin; at < end; at += rows) {
+    prefetch_row(keys.at(at), 1);
+    prefetch_row(values.at(at), 1);
+  }
+}
+
 // Keys and values as softmax attention is given them: tensors of numbers, all sequences of one length.
 template <class T>
 struct Tensors {

@@ -44,11 +44,13 @@ struct Converted<BFloat16> {
 template <class T, class F>
 auto with_store(const attnkit_cache& c, F f) {
   using Number = typename Converted<T>::Number;
-#if defined(ATTNKIT_BF16_DOT)
-  if constexpr (sizeof(Number) == 2) {
+#if defined(ATTNKIT_BYTE_DOT)
+  if constexpr (sizeof(T) == 2)
     if (c.form == ATTNKIT_INT8) return f(ByteCodes<T, EvenRows<uint8_t>>(c));
+#endif
+#if defined(ATTNKIT_BF16_DOT)
+  if constexpr (sizeof(Number) == 2)
     if (c.form == ATTNKIT_FP8) return f(ScaledCodes<Fp8>(c));
-  }
 #endif
   switch (c.form) {
     case ATTNKIT_INT8: return f(Scaled<Int8, T, float>(c));

@@ -124,6 +124,26 @@ def test_quantised_bits_do_not_depend_on_the_batch(codec: Any) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [512, 576])
+def test_sums_of_bytes_fit_their_whole_numbers(size: int, dtype: torch.dtype) -> None:
+    state = KVState(1, 1, 40, size, 64, dtype=dtype, codec="int8")
+    signs = torch.tensor([1.0, -1.0]).repeat(20)[:, None]
+    state.store((signs * torch.ones(size)).to(dtype)[None, None], tokens(2, 1, 1, 40, 64, dtype))
+    call = {"q": torch.full((1, 2, 1, size), 0.03, dtype=dtype), "state": state}
+    judge(attnkit.softmax_attention_step(**call, return_lse=True, backend="cpu"), call)
+
+
+@needs_library
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_broken_query_breaks_its_own_row(bad: float) -> None:
+    q = tokens(3, 2, 8, 3, 64, torch.bfloat16)
+    q[0, 5, 1, 7] = bad
+    found = attnkit.softmax_attention_step(q, filled("int8", 90, dtype=torch.bfloat16), backend="cpu").isnan()
+    assert found[0, 5, 1].all() and found.sum() == 64
+
+
+@needs_library
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_hidden_nan_does_not_leak(codec: Any, dtype: torch.dtype) -> None:
