@@ -10,6 +10,7 @@ from attnkit.blocks import joined, spans
 from attnkit.mechanisms.dsa.ways import after_early, expanded, gathers, part
 from attnkit.mechanisms.mla import mla_listed
 from attnkit.mechanisms.softmax import softmax_attention
+from attnkit.native.softmax import MOST_SIZE
 from attnkit.spec import Call
 
 PLACES, BIASES = 1 << 18, 1 << 24
@@ -18,7 +19,6 @@ PLACES, BIASES = 1 << 18, 1 << 24
 Every block maps its queries through all heads' weights: with 128 of them at ``top`` 2,048 these are read at no cost.
 """
 
-MOST_SIZE = 576
 
 _TENSORS = ("q", "latent", "kv_b", "index_q", "index_k", "index_w")
 

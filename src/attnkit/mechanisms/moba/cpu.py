@@ -9,9 +9,8 @@ from attnkit import native
 from attnkit.masks import causal
 from attnkit.mechanisms.moba.gates import block_means
 from attnkit.mechanisms.softmax import softmax_attention
+from attnkit.native.softmax import MOST_SIZE
 from attnkit.spec import Call
-
-MOST_SIZE = 576
 
 
 def rejects(call: Call) -> tuple[str, ...]:

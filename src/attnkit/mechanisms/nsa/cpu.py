@@ -9,9 +9,9 @@ from attnkit import masks, native
 from attnkit.mechanisms.moba import selected_attention
 from attnkit.mechanisms.nsa.blocks import Blocks
 from attnkit.mechanisms.softmax import softmax_attention
+from attnkit.native.softmax import MOST_SIZE
 from attnkit.spec import Call
 
-MOST_SIZE = 576
 # So few queries are served by the chunk backend, which packs nothing and fetches what a query chose.
 FEWEST_QUERIES = 2
 

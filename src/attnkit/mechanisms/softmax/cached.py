@@ -7,7 +7,7 @@ from torch import Tensor
 
 from attnkit import native
 from attnkit.masks import UNBOUNDED, Mask, Moved
-from attnkit.mechanisms.softmax.cpu import MOST_SIZE, as_float32, steps
+from attnkit.native.softmax import MOST_SIZE, as_float32, steps
 from attnkit.spec import Call
 from attnkit.state import KVState, PagedKVState, WindowState
 from attnkit.state.codec import CHANNELS, GROUP, GroupedKeys, GroupedValues

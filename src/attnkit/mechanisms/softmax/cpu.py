@@ -12,10 +12,9 @@ from torch import Tensor
 
 from attnkit import native
 from attnkit.masks import UNBOUNDED, BlockList, Mask, explicit
+from attnkit.native.softmax import MOST_SIZE, as_float32, packed, rows, steps
 from attnkit.spec import Call
 
-# 576 is a latent of 512 beside a rotary key of 64, as DeepSeek has them.
-MOST_SIZE = 576
 # Up to this many queries are served by the decode kernel, which packs nothing. Measured with 8 KV heads of 128 numbers
 # and 1,000 to 32,000 keys.
 MOST_DECODE_QUERIES = 8
@@ -300,66 +299,3 @@ def block_list(mask: Mask | None, q: Tensor, k: Tensor) -> BlockList | None:
     if mask is None:
         return None
     return mask.block_list(q.shape[2], k.shape[2], native.BLOCK_QUERIES, native.BLOCK_KEYS)
-
-
-def packed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor | None,
-    rest: Tensor | None,
-    blocks: BlockList | None,
-    left: int,
-    right: int,
-    scale: float,
-    bias: Tensor | None,
-    alibi: Tensor | None,
-    softcap: float | None,
-    sink: Tensor | None,
-    kernel: int,
-) -> bytes:
-    """The call as the library reads it; what it points to has to outlive it."""
-    (b, h, m, d), (g, n, e) = q.shape, v.shape[1:]
-    return native.pack_softmax(
-        *(0 if x is None else x.data_ptr() for x in (q, k, v, o, lse, rest, bias, alibi, sink)),
-        *(
-            (0, 0, 0, 0)
-            if blocks is None
-            else (x.data_ptr() for x in (blocks.offsets, blocks.columns, blocks.pattern, blocks.patterns))
-        ),
-        *(b, h, g, m, n, d, e),
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *o.stride()[:3],
-        *steps(bias),
-        *(left, right),
-        *((1, 1) if blocks is None else (blocks.batches, blocks.heads)),
-        torch.get_num_threads(),
-        native.DTYPES[q.dtype],
-        kernel,
-        scale,
-        softcap or 0.0,
-    )
-
-
-def rows(x: Tensor) -> Tensor:
-    """Rows without gaps between their numbers, which is all the kernels ask of a layout."""
-    return x if x.stride()[3] == 1 else x.contiguous()
-
-
-def as_float32(x: Tensor | None) -> Tensor | None:
-    """What the kernels read of biases, slopes and sinks; a bias keeps a size of 1 where it is broadcast."""
-    if x is None:
-        return None
-    if x.dim() == 4:
-        x = x[tuple(slice(None, 1) if step == 0 else slice(None) for step in x.stride())]
-    return x.float() if x.dim() == 4 else x.float().contiguous()
-
-
-def steps(bias: Tensor | None) -> tuple[int, ...]:
-    """Strides of a bias or its gradient as the kernels take them: a size of 1 is shared by all it is broadcast to."""
-    if bias is None:
-        return (0, 0, 0, 0)
-    return tuple(0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True))

@@ -8,8 +8,8 @@ from torch import Tensor
 from attnkit import native
 from attnkit.masks import UNBOUNDED, Mask
 from attnkit.mechanisms.softmax import softmax_attention
-from attnkit.mechanisms.softmax.cpu import MOST_SIZE, block_list, packed, rows
 from attnkit.mechanisms.topk.counts import kept, most
+from attnkit.native.softmax import MOST_SIZE, packed, rows
 from attnkit.spec import Call
 
 FEWEST_QUERIES = 4
@@ -51,7 +51,9 @@ def forward(
     q, k, v = rows(q), rows(k), rows(v)
     counts = kept(torch.arange(n + 1), top, density).to(torch.int32)
     interval = (UNBOUNDED, UNBOUNDED) if mask is None else mask.interval()
-    blocks = block_list(mask if interval is None else None, q, k)
+    blocks = None
+    if mask is not None and interval is None:
+        blocks = mask.block_list(m, n, native.BLOCK_QUERIES, native.BLOCK_KEYS)
     left, right = interval or (UNBOUNDED, UNBOUNDED)
     o = torch.empty((b, h, m, e), dtype=q.dtype)
     native.run(
