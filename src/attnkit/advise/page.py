@@ -21,7 +21,19 @@ tr.chosen th, tr.chosen td { background: var(--mark); font-weight: 650; }
 tr.short { color: var(--soft); }
 .bar { display: block; height: 6px; min-width: 1px; background: var(--ours); border-radius: 3px; margin-top: 4px; }
 .bar.over { background: var(--limit); }
+thead th.why { text-align: left; }
+@media (max-width: 640px) {
+  .columns th, .columns td { padding: 8px 3px; white-space: normal; min-width: 0; font-size: 11px; }
+  .others tr { display: grid; grid-template-columns: 2fr 1fr 1fr 1fr; padding: 6px 0; }
+  .others tr { border-bottom: 1px solid var(--line); }
+  .others th, .others td { border: 0; padding: 3px 6px 3px 0; min-width: 0; }
+  .others th:first-child, .others td.why { grid-column: 1 / -1; max-width: none; }
+  .others thead th:first-child, .others thead th.why { display: none; }
+}
 """
+
+
+_WHY = ' class="why"'
 
 
 def write(answer: Answer, path: Path, command: str) -> None:
@@ -73,10 +85,10 @@ def _section(name: str, title: str, inside: str) -> str:
     return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{escape(title)}</h2>\n{inside}\n</section>\n'
 
 
-def _table(name: str, head: Iterable[str], rows: Iterable[str]) -> str:
-    cells = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+def _table(name: str, kind: str, head: Iterable[str], rows: Iterable[str]) -> str:
+    cells = "".join(f'<th scope="col"{_WHY if cell == "why not" else ""}>{escape(cell)}</th>' for cell in head)
     region = f'<div class="scroll" role="region" aria-labelledby="{name}" tabindex="0">'
-    return f"{region}<table><thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    return f"{region}<table class='{kind}'><thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
 
 
 def _columns(judged: Judged) -> str:
@@ -96,7 +108,7 @@ def _columns(judged: Judged) -> str:
         f"Weights {size(estimate.weights)}, activations {size(estimate.activations)}, free for the cache "
         f"{size(estimate.free)} of {size(estimate.usable)}; a token adds {estimate.token:,} bytes."
     )
-    return _table("answer", head, lines) + f'<p class="note">{escape(note)}</p>'
+    return _table("answer", "columns", head, lines) + f'<p class="note">{escape(note)}</p>'
 
 
 def _ranking(answer: Answer) -> str:
@@ -115,7 +127,7 @@ def _ranking(answer: Answer) -> str:
             f'<tr class="short"><th scope="row">{escape(other.title)}</th><td></td><td></td><td></td><td></td>'
             f'<td class="why">{why}</td></tr>'
         )
-    return _table("others", ("", "cache of all requests", "fit", "prompt", "step", "why not"), rows)
+    return _table("others", "others", ("", "cache of all requests", "fit", "prompt", "step", "why not"), rows)
 
 
 def _row(answer: Answer, judged: Judged, most: int) -> str:
