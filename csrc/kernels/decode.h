@@ -9,8 +9,6 @@
 // Short enough to keep two threads busy from 2,000 keys on with one KV head, long enough that merging costs nothing.
 constexpr int64_t kSplitKeys = 512;
 constexpr int64_t kMostSplits = 64;
-// Ranges of one KV head that a thread takes in a row, so that it can fetch the start of the next.
-constexpr int64_t kMostRun = 4;
 constexpr int64_t kScoreRow = kWalkKeys + kWidth;  // room for the last chunk of keys to run over
 
 // Products of query and key rows, a vector of the row at a time.
@@ -86,12 +84,12 @@ class Decode {
   void run(char* scratch) const {
     float* const parts = reinterpret_cast<float*>(scratch);
     const int64_t tasks = s_.b * (s_.h / heads_) * splits_;
-    const int64_t run = clamp<int64_t>(tasks / (8 * threads_), 1, kMostRun);
 #pragma omp parallel num_threads(static_cast<int>(threads_)) if (threads_ > 1)
     {
       const Work work(*this, scratch + part_bytes() + thread_number() * work_bytes());
       if constexpr (Store::kMultiplies) store_.start(work.numbers);
-#pragma omp for schedule(dynamic, run)
+// Ranges in a row, so that a thread can fetch the start of the next; few at the end, where one thread would wait for another.
+#pragma omp for schedule(guided)
       for (int64_t task = 0; task < tasks; ++task) {
         const int64_t walk = task / splits_, split = task % splits_;
         const int64_t batch = walk / (s_.h / heads_), head = walk % (s_.h / heads_) * heads_;
