@@ -88,7 +88,7 @@ class Decode {
     {
       const Work work(*this, scratch + part_bytes() + thread_number() * work_bytes());
       if constexpr (Store::kMultiplies) store_.start(work.numbers);
-// Ranges in a row, so that a thread can fetch the start of the next; few at the end, where one thread would wait for another.
+      // Ranges in a row, so that a thread can fetch the start of the next; few at the end, where one would wait for the other.
 #pragma omp for schedule(guided)
       for (int64_t task = 0; task < tasks; ++task) {
         const int64_t walk = task / splits_, split = task % splits_;
