@@ -61,6 +61,31 @@ def check_call(where: str, **tensors: tuple[Any, str]) -> dict[str, int]:
     return sizes
 
 
+def check_attention(where: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, int, int]:
+    """``check_call`` of ``q`` (b, h, m, d), ``k`` (b, g, n, d), ``v`` (b, g, n, e) and nothing else; the sizes b to e.
+
+    For calls as short as a decode step: between the layers of a model Python itself is cold, and every object and line
+    of code it has to fetch counts. What fits passes in a few comparisons, what does not gets its sentence.
+    """
+    if (
+        isinstance(q, Tensor)
+        and isinstance(k, Tensor)
+        and isinstance(v, Tensor)
+        and q.ndim == k.ndim == v.ndim == 4
+        and q.dtype is k.dtype is v.dtype
+        and q.dtype in FLOATS
+        and q.is_cpu
+        and k.is_cpu
+        and v.is_cpu
+    ):
+        (b, h, m, d), (_, g, n, e) = q.shape, v.shape
+        if (b, g, n) == v.shape[:3] and k.shape == (b, g, n, d) and g and h % g == 0:
+            return b, h, g, m, n, d, e
+    sizes = check_call(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"))
+    b, h, g, m, n, d, e = (sizes[axis] for axis in "bhgmnde")
+    return b, h, g, m, n, d, e
+
+
 def check_same(where: str, **tensors: Tensor) -> None:
     """All tensors share one floating dtype and one device."""
     (first, lead), *rest = tensors.items()

@@ -110,10 +110,7 @@ def call(
 ) -> dict[str, Any]:
     """Check the arguments of ``softmax_attention``; return them by name, defaults filled in and masks simplified."""
     where = "softmax_attention"
-    sizes = shapes.check(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"))
-    (b, h, m, d), n = q.shape, k.shape[2]
-    shapes.check_same(where, q=q, k=k, v=v)
-    shapes.check_groups(where, h, sizes["g"])
+    b, h, _, m, n, d, _ = shapes.check_attention(where, q, k, v)
     if d == 0:
         raise ValueError(f"{where}: key size is 0, expected at least 1")
     if bias is not None:
