@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from attnkit.advise.check import models
+
 ASK = ("--hardware", "a10", "--lengths", "p50=2k,p99=6k", "--concurrency", "16")
 
 
@@ -53,7 +55,19 @@ def test_a_layer_is_built_and_has_the_bytes_that_were_predicted(run: Any, tmp_pa
     config = {"model_type": "gemma2", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 99, "intermediate_size": 96, "sliding_window": 8}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    lines = run("advise", tmp_path, "--check", "--dtype", "float32", "--json").json
+    done = run("advise", tmp_path, "--check", "--lengths", "p50=64,p99=256", "--dtype", "float32", "--json")
+    about, *lines = [json.loads(line) for line in done.out.splitlines()]
+    assert about["settings"] == {"verb": "advise --check", "tokens": 256, "prompt": 64, "threads": 1}
     assert [line["bytes_equal"] for line in lines] == [True, True]
-    assert [line["allocated_bytes"] for line in lines] == [8 * 2 * 32 * 4, 4096 * 2 * 32 * 4]
+    assert [line["allocated_bytes"] for line in lines] == [8 * 2 * 32 * 4, 256 * 2 * 32 * 4]
     assert all(line["measured_step"] > 0 and line["measured_prompt"] > 0 for line in lines)
+
+
+def test_without_a_model_six_kinds_of_layers_are_checked() -> None:
+    chosen = dict(models())
+    assert list(chosen) == ["MHA", "GQA", "MLA", "window hybrid", "linear hybrid", "int8 cache"]
+    kinds = {name: {mixer.mechanism for mixer in model.mixers} for name, model in chosen.items()}
+    assert kinds["MLA"] == {"mla"} and kinds["linear hybrid"] == {"delta", "softmax"}
+    assert {mixer.codec for mixer in chosen["int8 cache"].mixers} == {"int8"}
+    assert {mixer.groups == mixer.heads for mixer in chosen["GQA"].mixers} == {False}
+    assert len({mixer.window for mixer in chosen["window hybrid"].mixers}) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
 from statistics import median
@@ -15,6 +15,7 @@ import torch
 
 from attnkit import bench
 from attnkit.advise.allocate import allocate
+from attnkit.advise.families import read_config
 from attnkit.advise.model import Mixer, Model, describe
 from attnkit.masks import causal, window
 from attnkit.mechanisms.delta import delta_attention
@@ -26,11 +27,22 @@ READ = 128 << 20
 FACTOR = 1.5
 """Within which a time that is predicted has to be."""
 
+SHAPES: dict[str, tuple[str, str | None]] = {
+    "MHA": ("llama-2-7b", None),
+    "GQA": ("llama-3-8b", None),
+    "MLA": ("deepseek-v3", None),
+    "window hybrid": ("gpt-oss-20b", None),
+    "linear hybrid": ("qwen3-next-80b-a3b", None),
+    "int8 cache": ("llama-3-8b", "int8"),
+}
+"""Six kinds of layers that models are made of: a model known by name that has them, and how its cache is kept."""
+
 
 @dataclass(frozen=True)
 class Checked:
     """One kind of layer: bytes of its state for ``tokens``, and seconds of a step and of a prompt; None was not run."""
 
+    shape: str
     layer: str
     dtype: str
     tokens: int
@@ -57,7 +69,16 @@ class Checked:
         return {"kind": "advise-check", **asdict(self), "bytes_equal": self.bytes_equal, "within": self.within}
 
 
-def check(model: Model, tokens: int = TOKENS, prompt: int = PROMPT) -> Iterator[Checked]:
+def models(config: str | None = None, dtype: str | None = None) -> Iterator[tuple[str, Model]]:
+    """What to check and its name: the model of a configuration, or ``SHAPES`` where none is given."""
+    for shape, (name, codec) in ({config: (config, None)} if config else SHAPES).items():
+        model = read_config(name)
+        if codec is not None:
+            model = model.map(lambda mixer, _, codec=codec: replace(mixer, codec=codec))  # type: ignore[misc]
+        yield shape, model.cast(dtype) if dtype else model
+
+
+def check(shape: str, model: Model, tokens: int = TOKENS, prompt: int = PROMPT) -> Iterator[Checked]:
     """Check each different layer of ``model`` with one thread, on the limits of this machine, measured beside it."""
     dtype = getattr(torch, model.dtype)
     threads = torch.get_num_threads()
@@ -65,12 +86,12 @@ def check(model: Model, tokens: int = TOKENS, prompt: int = PROMPT) -> Iterator[
     try:
         for mixer in model.mixers:
             if not mixer.source and mixer.keeps:
-                yield _checked(mixer, dtype, model.itemsize, tokens, prompt)
+                yield _checked(shape, mixer, dtype, model.itemsize, tokens, prompt)
     finally:
         torch.set_num_threads(threads)
 
 
-def _checked(mixer: Mixer, dtype: torch.dtype, itemsize: int, tokens: int, prompt: int) -> Checked:
+def _checked(shape: str, mixer: Mixer, dtype: torch.dtype, itemsize: int, tokens: int, prompt: int) -> Checked:
     state = allocate(mixer, tokens, dtype, "cpu")
     allocated = state.nbytes if state is not None else 0
     # So many sequences that what a step reads is in no cache of the processor.
@@ -95,7 +116,7 @@ def _checked(mixer: Mixer, dtype: torch.dtype, itemsize: int, tokens: int, promp
     (step, took), (whole, took_whole) = times
     expected = mixer.cost(1, tokens, itemsize).state_bytes(tokens)
     name = str(dtype).removeprefix("torch.")
-    return Checked(describe(mixer), name, tokens, prompt, expected, allocated, step, took, whole, took_whole)
+    return Checked(shape, describe(mixer), name, tokens, prompt, expected, allocated, step, took, whole, took_whole)
 
 
 @cache

@@ -29,7 +29,7 @@ def verb(
     shared: Annotated[str, typer.Option(help="Tokens that all prompts start with.")] = "",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; what the model names.")] = None,
     also: Annotated[str, typer.Option(help="Presets of attnkit list to ask about as well, such as moba_4,tpa.")] = "",
-    check: Annotated[bool, typer.Option("--check", help="Build a layer of each kind here and compare.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Build layers here and compare; see below.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the answer as a page to this file.")] = None,
     models: Annotated[bool, typer.Option("--models", help="List the models that are known by name.")] = False,
     families: Annotated[bool, typer.Option("--families", help="List the families that can be read.")] = False,
@@ -43,17 +43,22 @@ def verb(
     and the least times, for the model as it is and for other caches, heads and mechanisms. What is asked for has to
     hold at the 99th percentile.
 
+    --check builds one layer of each kind of CONFIG on this machine, or of six known models without one, and compares
+    bytes and times with what is predicted: of a step over p99 tokens and of a prompt of p50. It exits with 1 where
+    bytes differ or a time is off by more than 1.5.
+
     Examples:
 
         attnkit advise llama-3-8b --hardware h100-sxm --lengths p50=2k,p99=8k --concurrency 64
         attnkit advise ./config.json --hardware 8xh200 --lengths lengths.txt --target ttft=2s,itl=50ms
         attnkit advise llama-3-8b --hardware a10 --lengths p50=2k,p99=6k --concurrency 16 --most switch
         attnkit advise llama-3-70b --hardware 2xh100-sxm --lengths p50=4k,p99=8k --quality "recall matters" --json
+        attnkit advise --check --lengths p50=2k,p99=8k
     """
     from attnkit.advise.lengths import tokens
 
     if check:
-        _check(config, dtype, json)
+        _check(config, lengths, dtype, json)
         return
     if models or families or machines:
         _list(models, families, machines, json)
@@ -113,28 +118,40 @@ def _list(models: bool, families: bool, machines: bool, json: bool) -> None:
         print("\n".join(names))
 
 
-def _check(config: str | None, dtype: str | None, json: bool) -> None:
+def _check(config: str | None, lengths: str, dtype: str | None, json: bool) -> None:
     """Compare what is predicted for each kind of layer with what is allocated and measured on this machine."""
-    if not config:
-        raise ValueError("advise --check got no CONFIG, expected one: attnkit advise llama-3-8b --check")
-    from attnkit.advise.check import check
-    from attnkit.advise.families import read_config
+    from rich.progress import Progress
+
+    from attnkit import bench
+    from attnkit.advise.check import PROMPT, TOKENS, Checked, check, models
+    from attnkit.advise.lengths import parse
     from attnkit.advise.words import seconds
 
-    model = read_config(config)
-    lines = list(check(model.cast(dtype) if dtype else model))
+    sizes = parse(lengths).columns if lengths else {"p50": PROMPT, "p99": TOKENS}
+    tokens, prompt = sizes["p99"], sizes["p50"]
+    chosen = dict(models(config, dtype))
+    lines: list[Checked] = []
+    with Progress(console=console(stderr=True), transient=True) as progress:
+        for shape, model in progress.track(chosen.items(), description="building and timing layers"):
+            lines += check(shape, model, tokens, prompt)
     if json:
-        emit([one.line() for one in lines])
+        run = bench.provenance({"verb": "advise --check", "tokens": tokens, "prompt": prompt, "threads": 1})
+        for line in (run, *(one.line() for one in lines)):
+            print(jsonlib.dumps(line, ensure_ascii=False))
         return
     shown = table(
-        "layer", "bytes", "", "step", "predicted", "prompt", "predicted", "", right=("bytes", "step", "prompt")
+        "", "layer", "bytes", "", "step", "predicted", "prompt", "predicted", "", right=("bytes", "step", "prompt")
     )
     for one in lines:
         times = (one.measured_step, one.predicted_step, one.measured_prompt, one.predicted_prompt)
         cells = ["" if time is None else seconds(time) for time in times]
         equal = "as predicted" if one.bytes_equal else f"predicted {one.predicted_bytes:,}"
-        shown.add_row(one.layer, f"{one.allocated_bytes:,}", equal, *cells, "within 1.5" if one.within else "apart")
+        verdict = "within 1.5" if one.within else "apart"
+        shown.add_row(one.shape, one.layer, f"{one.allocated_bytes:,}", equal, *cells, verdict)
     console().print(shown)
+    console().print(f"A step over {tokens:,} tokens, a prompt of {prompt:,}; one thread.")
+    if not all(one.bytes_equal and one.within for one in lines):
+        raise typer.Exit(1)
 
 
 def command(words: list[str]) -> str:
