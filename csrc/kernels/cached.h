@@ -98,7 +98,6 @@ struct Fp8 {
     }
   }
 #if defined(ATTNKIT_BF16_DOT)
-  static constexpr float kValueScale = 256.0f;  // the largest scale is 2^128 / 448, so this cannot overflow
   static ATTNKIT_INLINE Pairs pairs(__m256i codes) {
     const __m512i x = _mm512_cvtepi8_epi16(codes);  // the sign is in the upper nine bits
     const __m512i size = _mm512_and_si512(_mm512_slli_epi16(x, 4), _mm512_set1_epi16(0x7f0));
@@ -116,7 +115,7 @@ template <class Form>
 struct Code {
   uint8_t bits;
 };
-// As float16 a code with its exponent in place is 2^-8 of the number: Form::kValueScale makes up for it.
+// Only whether it is finite counts: as float16 a code with its exponent in place is 2^-8 of the number.
 ATTNKIT_INLINE Vec widen_fp8(__m128i codes) {
   const __m256i moved = _mm256_srai_epi16(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8), 1);
   return _mm512_cvtph_ps(_mm256_and_si256(moved, _mm256_set1_epi16(static_cast<int16_t>(0xbfff))));
@@ -164,7 +163,7 @@ struct ScaledCodes {
     for (int64_t i = 0; i < kWalkKeys; ++i) {
       const bool inside = i >= begin && i < end;
       tile.key_scale[i] = inside ? k_scale[i] : 0.0f;
-      tile.value_scale[i] = inside ? v_scale[i] * Form::kValueScale : 0.0f;
+      tile.value_scale[i] = inside ? v_scale[i] : 0.0f;
     }
   }
 

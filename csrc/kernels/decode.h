@@ -5,6 +5,10 @@
 // weights, sum over values. Where a key lies is the Store's business (stores.h): it gives each tile the places of its 32
 // keys and values, straight in the cache or, where the cache is quantised, in a tile that it has just converted. So all
 // forms of a cache go through the same operations in the same order.
+//
+// With four query rows of 64 or 128 numbers a Zen 4 core is kept as busy by the arithmetic as by reading bfloat16. So with
+// dot products of bfloat16 the values of two keys are multiplied at a time, by weights rounded to bfloat16 as prefill
+// rounds them, and rows of the two common sizes have loops of their own.
 
 // Short enough to keep two threads busy from 2,000 keys on with one KV head, long enough that merging costs nothing.
 constexpr int64_t kSplitKeys = 512;
@@ -15,7 +19,9 @@ constexpr int64_t kScoreRow = kWalkKeys + kWidth;  // room for the last chunk of
 template <class T>
 struct RowProduct {
   using Query = float;
+  using Weight = float;
   static constexpr int64_t kNumbers = kWidth;
+  static constexpr bool kPaired = false;  // whether values are multiplied two keys at a time
   using Loaded = Vec;
   static ATTNKIT_INLINE Loaded load_key(const T* p) { return load(p); }
   static ATTNKIT_INLINE Loaded load_key_first(const T* p, int count) { return load_first(p, count); }
@@ -24,13 +30,16 @@ struct RowProduct {
   static ATTNKIT_INLINE void store_query(float* to, const Asked* p, int count) {
     store(to, load_first(p, count));
   }
+  static ATTNKIT_INLINE void store_weights(float* to, Vec x) { store(to, x); }
 };
 
 #if defined(ATTNKIT_BF16_DOT)
 template <>
 struct RowProduct<BFloat16> {
   using Query = uint32_t;
+  using Weight = BFloat16;
   static constexpr int64_t kNumbers = 2 * kWidth;
+  static constexpr bool kPaired = true;
   using Loaded = Pairs;
   static ATTNKIT_INLINE Loaded load_key(const BFloat16* p) { return load_pairs(reinterpret_cast<const uint32_t*>(p)); }
   static ATTNKIT_INLINE Loaded load_key_first(const BFloat16* p, int count) { return load_pairs_first(p, count); }
@@ -40,6 +49,7 @@ struct RowProduct<BFloat16> {
   static ATTNKIT_INLINE void store_query(uint32_t* to, const BFloat16* p, int count) {
     _mm512_storeu_si512(to, load_pairs_first(p, count));
   }
+  static ATTNKIT_INLINE void store_weights(BFloat16* to, Vec x) { store_half(to, x); }
 };
 #endif
 
@@ -66,6 +76,7 @@ class Decode {
   using Rows = typename Store::Rows;
   using Product = RowProduct<Number>;
   using Query = typename Product::Query;
+  using Weight = typename Product::Weight;
 
  public:
   Decode(const attnkit_softmax& call, const Store& store)
@@ -107,7 +118,7 @@ class Decode {
   struct Work {
     Query* queries;   // rows_ of query_vectors_ vectors
     float* scores;    // rows_ of kScoreRow
-    float* weights;   // rows_ of kScoreRow
+    float* weights;   // rows_ of kScoreRow, or of as many narrower numbers at their start
     float* sums;      // rows_ of value_columns_, not yet divided by the totals
     float* totals;    // rows_ of one vector
     float* tops;      // rows_
@@ -230,7 +241,7 @@ class Decode {
     }
   }
 
-  // Calls f for all rows, four, two or one at a time.
+  // Calls f for all rows, four at a time and then the rest: a tile is read once for as many.
   template <int kCount>
   struct RowCount {
     static constexpr int count = kCount;
@@ -239,7 +250,8 @@ class Decode {
   ATTNKIT_INLINE void in_rows(F f) const {
     int64_t r = 0;
     for (; r + 4 <= rows_; r += 4) f(RowCount<4>(), r);
-    if (r + 2 <= rows_) {
+    if (rows_ - r == 3 && !Store::kMultiplies) return f(RowCount<3>(), r);
+    if (rows_ - r >= 2) {
       f(RowCount<2>(), r);
       r += 2;
     }
@@ -251,10 +263,20 @@ class Decode {
   // other, as they lie in memory: reading four at once halves what the processor fetches by itself.
   template <int kCount>
   void score(const Work& w, const Tile<Rows>& tile, int64_t begin, int64_t end, int64_t r) const {
-    constexpr int kKeys = kWidth / kCount;
+    const int64_t whole = s_.d / Product::kNumbers;
+    const bool even = s_.d % Product::kNumbers == 0;
+    if (even && whole == 2) return score_keys<kCount, 2>(w, tile, begin, end, r);
+    if (even && whole == 4) return score_keys<kCount, 4>(w, tile, begin, end, r);
+    score_keys<kCount, 0>(w, tile, begin, end, r);
+  }
+  // Rows of kWhole vectors, of any number where that is 0.
+  template <int kCount, int kWhole>
+  void score_keys(const Work& w, const Tile<Rows>& tile, int64_t begin, int64_t end, int64_t r) const {
+    constexpr int kKeys = kWidth / (kCount == 3 ? 4 : kCount);
     const Query* queries = w.queries + r * query_vectors_ * kWidth;
-    const int64_t query_row = query_vectors_ * kWidth, whole = s_.d / Product::kNumbers;
-    const int tail = static_cast<int>(s_.d - whole * Product::kNumbers);
+    const int64_t query_row = (kWhole ? kWhole : query_vectors_) * kWidth;
+    const int64_t whole = kWhole ? kWhole : s_.d / Product::kNumbers;
+    const int tail = kWhole ? 0 : static_cast<int>(s_.d - whole * Product::kNumbers);
     for (int64_t c = begin; c < end; c += kKeys) {
       const int64_t last = end - 1;
       const Number* row[kKeys];
@@ -266,11 +288,16 @@ class Decode {
 #pragma GCC unroll 16
       for (int k = 0; k < kKeys; ++k) {
         if (r == 0 && !Store::kConverts) prefetch_row(tile.values[least(c + k, last)], s_.e);
-        for (int64_t j = 0; j < whole; ++j) {
-          const auto x = Product::load_key(row[k] + j * Product::kNumbers);
+        const auto multiply = [&](int64_t j, auto x) __attribute__((always_inline)) {
 #pragma GCC unroll 4
           for (int i = 0; i < kCount; ++i)
             acc[i * kKeys + k] = Product::multiply_add(acc[i * kKeys + k], queries + i * query_row + j * kWidth, x);
+        };
+        if constexpr (kWhole != 0) {
+#pragma GCC unroll 4
+          for (int j = 0; j < kWhole; ++j) multiply(j, Product::load_key(row[k] + j * Product::kNumbers));
+        } else {
+          for (int64_t j = 0; j < whole; ++j) multiply(j, Product::load_key(row[k] + j * Product::kNumbers));
         }
       }
       if (tail) {
@@ -327,7 +354,12 @@ class Decode {
     for (int64_t c = from; c < to; c += kWidth) {
       const Vec x = exp2<5>(fma(load(scores + c), factor, shift));
       total = total + x;
-      store(weights + c, Store::kScales ? x * load(tile.value_scale + c) : x);
+      const Vec weight = Store::kScales ? x * load(tile.value_scale + c) : x;
+      if constexpr (Store::kMultiplies) {
+        store(weights + c, weight);
+      } else {
+        Product::store_weights(reinterpret_cast<Weight*>(weights) + c, weight);
+      }
     }
     store(totals, total);
   }
@@ -351,7 +383,6 @@ class Decode {
   void add_strip(const Work& w, const Rows& values, int64_t begin, int64_t end, int64_t r, int64_t column,
                  int64_t last, const Rows* next) const {
     float* sums = w.sums + r * value_columns_ + column;
-    const float* weights = w.weights + r * kScoreRow;
     Vec acc[kCount][kVectors];
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i)
@@ -360,20 +391,57 @@ class Decode {
     // Every strip fetches its part of the next keys; the last one what is left of them.
     const int64_t stop = column + kVectors * kWidth;
     const int64_t part = (stop < s_.e ? least(stop, s_.d) : s_.d) - column;
-    for (int64_t c = begin; c < end; ++c) {
-      if (next) prefetch_row((*next)[c] + column, part);
-      const Number* row = values[c] + column;
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
-        const Vec x = kVectors > 1 ? load(row + j * kWidth) : load_some(row, last);
-#pragma GCC unroll 4
-        for (int i = 0; i < kCount; ++i) acc[i][j] = fma(splat(weights[i * kScoreRow + c]), x, acc[i][j]);
+    constexpr int64_t kStep = Product::kPaired ? 2 : 1;
+    for (int64_t c = begin; c < end; c += kStep) {
+      if (next) {
+#pragma GCC unroll 2
+        for (int64_t i = 0; i < kStep; ++i) prefetch_row((*next)[least(c + i, end - 1)] + column, part);
       }
+      add_keys<kCount, kVectors>(acc, w.weights + r * kScoreRow, values, c, end, column, last);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) store(sums + i * value_columns_ + j * kWidth, acc[i][j]);
+  }
+
+  // Key c, or keys c and c + 1 where two are multiplied at a time.
+  template <int kCount, int kVectors>
+  ATTNKIT_INLINE static void add_keys(Vec (&acc)[kCount][kVectors], const float* weight_rows, const Rows& values,
+                                      int64_t c, [[maybe_unused]] int64_t end, int64_t column, int64_t last) {
+    const Number* row = values[c] + column;
+#if defined(ATTNKIT_BF16_DOT)
+    if constexpr (Product::kPaired) {
+      // Zeros stand beside the last of an odd number of keys, and beside its weight: 0 times an infinity is a NaN.
+      const Number* after = c + 1 < end ? values[c + 1] + column : nullptr;
+      Pairs x[kVectors];
+      if constexpr (kVectors == 1) {
+        const int count = static_cast<int>(last);
+        x[0] = zip_halves(low_half(Product::load_key_first(row, count)),
+                          low_half(after ? Product::load_key_first(after, count) : splat_pair(0)));
+      } else {
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; j += 2)
+          zip_rows(Product::load_key(row + j * kWidth), after ? Product::load_key(after + j * kWidth) : splat_pair(0),
+                   x[j], x[j + 1]);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) {
+        uint32_t pair;
+        __builtin_memcpy(&pair, reinterpret_cast<const Weight*>(weight_rows + i * kScoreRow) + c, sizeof pair);
+        if (!after) pair &= 0xffff;
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) acc[i][j] = dot_pairs(acc[i][j], splat_pair(pair), x[j]);
+      }
+      return;
+    }
+#endif
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      const Vec x = kVectors > 1 ? load(row + j * kWidth) : load_some(row, last);
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) acc[i][j] = fma(splat(weight_rows[i * kScoreRow + c]), x, acc[i][j]);
+    }
   }
 
   bool finite(const Tile<Rows>& tile, int64_t begin, int64_t end) const {

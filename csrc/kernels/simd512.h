@@ -138,8 +138,10 @@ ATTNKIT_INLINE Vec sum_each(const Vec (&r)[16]) {
 using Pairs = __m512i;
 ATTNKIT_INLINE Pairs load_pairs(const uint32_t* p) { return _mm512_loadu_si512(p); }
 ATTNKIT_INLINE Pairs splat_pair(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+// Not the intrinsic: GCC 12 copies every sum of a loop to another register and back, and runs out of them.
 ATTNKIT_INLINE Vec dot_pairs(Vec c, Pairs a, Pairs b) {
-  return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+  return c;
 }
 // The numbers of lo and then of hi, rounded to nearest even.
 ATTNKIT_INLINE void store_narrow(uint32_t* p, Vec lo, Vec hi) {
@@ -151,6 +153,19 @@ ATTNKIT_INLINE Pairs zip_halves(__m256i even, __m256i odd) {
       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_slli_epi32(
       _mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31), 16));
   return _mm512_permutexvar_epi16(in_turn, _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1));
+}
+ATTNKIT_INLINE __m256i low_half(Pairs x) { return _mm512_castsi512_si256(x); }
+// The same of whole rows: of the first half of their numbers, and of the second.
+ATTNKIT_INLINE void zip_rows(Pairs even, Pairs odd, Pairs& low, Pairs& high) {
+  const __m512i in_turn = _mm512_or_si512(
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_slli_epi32(
+      _mm512_setr_epi32(32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47), 16));
+  low = _mm512_permutex2var_epi16(even, in_turn, odd);
+  high = _mm512_permutex2var_epi16(even, _mm512_add_epi16(in_turn, _mm512_set1_epi16(kWidth)), odd);
+}
+// A vector of numbers rounded to nearest even.
+ATTNKIT_INLINE void store_half(BFloat16* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 }
 ATTNKIT_INLINE __m256i load_halves_some(const void* p, int count) {
   return count >= kWidth ? load_halves(p) : _mm256_maskz_loadu_epi16(first(count), p);
@@ -170,7 +185,7 @@ ATTNKIT_INLINE Bytes load_bytes_first(const void* p, int64_t count) {
   return _mm512_maskz_loadu_epi8(count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1, p);
 }
 // Lane i grows by the products of the four unsigned bytes of a and the signed ones of b that lie there.
-// Not the intrinsic: GCC 12 copies every sum of a loop to another register and back, and runs out of them.
+// Not the intrinsic, as above.
 ATTNKIT_INLINE Ints dot_bytes(Ints c, Bytes a, Bytes b) {
   asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(a), "vm"(b));
   return c;
