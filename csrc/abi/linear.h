@@ -7,7 +7,7 @@ extern "C" {
 #endif
 
 /* Tokens between two states that the forward pass keeps for the backward pass. */
-#define ATTNKIT_LINEAR_CHUNK 32
+#define ATTNKIT_LINEAR_SPAN 256
 
 /* decay_kind: nothing fades, one number a token, one a token and key channel. */
 #define ATTNKIT_DECAY_NONE 0
@@ -35,7 +35,7 @@ typedef struct attnkit_linear {
   const float* state;  /* (b, s, d, e) contiguous: before the first token; null for zeros */
   void* o;             /* (b, h, m, e) contiguous */
   float* last;         /* (b, s, d, e) contiguous: after the last token; or null */
-  float* states;       /* (b, s, ceil(n / 32), d, e) contiguous: before each chunk; null where no gradient is wanted */
+  float* states;       /* (b, s, ceil(n / 256), d, e) contiguous: before each span; null where no gradient is wanted */
   float* total;        /* (b, h, m): what results were divided by, for the backward pass, which needs o too; or null */
   int64_t* lawful;     /* (b, s) with the delta rule: tokens before the first that is no step of it */
   const void* d_o;     /* backward only: (b, h, m, e) contiguous, and below the gradients, contiguous */

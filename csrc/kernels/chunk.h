@@ -12,12 +12,13 @@
 // runs in the first cache. Products with the state cost a token the same in any chunk, those among tokens half a chunk:
 // on a Zen 4 core 32 tokens take a tenth less than 64 with the delta rule, and as much without.
 
-constexpr int64_t kChunk = ATTNKIT_LINEAR_CHUNK;
+constexpr int64_t kChunk = 32, kSpan = ATTNKIT_LINEAR_SPAN, kSpanChunks = kSpan / kChunk;
 constexpr int64_t kDecayTile = 16;
 constexpr int64_t kDecayTiles = kChunk / kDecayTile;
 constexpr int64_t kEarlier = kDecayTile * kDecayTiles * (kDecayTiles - 1) / 2;  // keys before the second tile and so on
 constexpr int64_t kSolveRows = 4;
 static_assert(kChunk <= 32, "hidden tokens are bits");
+static_assert(kSpan % kChunk == 0, "a span is whole chunks");
 static_assert(kChunk % kDecayTile == 0 && kChunk % kSolveRows == 0 && kChunk % kWidth == 0, "rows come in blocks");
 
 // Below e^-200 nothing of a float32 is left, and sums of such logarithms keep their digits.
@@ -34,10 +35,18 @@ struct Arena {
   }
 };
 
-ATTNKIT_INLINE int64_t chunk_count(const attnkit_linear& c) { return ceil_div(c.n, kChunk); }
-
 // A state's columns: e, and with means one for what these are divided by.
 ATTNKIT_INLINE int64_t state_columns(const attnkit_linear& c) { return c.e + (c.total != nullptr); }
+
+// Where the state is kept that stands before a span of tokens, of state `number`.
+ATTNKIT_INLINE float* kept_state(const attnkit_linear& c, int64_t number, int64_t span) {
+  return c.states + (number * ceil_div(c.n, kSpan) + span) * c.d * state_columns(c);
+}
+
+// The first `count` lanes, and zeros.
+ATTNKIT_INLINE Vec first_of(Vec x, int64_t count) {
+  return count >= kWidth ? x : count <= 0 ? zero() : select((Bits{1} << count) - 1, x, 0.0f);
+}
 
 // Rows of queries or keys after the call's map, and the gradients of `to` through it: a slope is read off a result.
 inline void map_rows(const attnkit_linear& c, float* rows, int64_t ld, int64_t count) {
@@ -49,7 +58,7 @@ inline void map_rows(const attnkit_linear& c, float* rows, int64_t ld, int64_t c
       Vec found = positive;
       if (c.map == ATTNKIT_MAP_ELU)
         found = exp2<5>(max(splat(-32.0f), min(zero(), x)) * splat(kLog2E)) + positive;
-      store(at, c.d - j >= kWidth ? found : select((Bits{1} << (c.d - j)) - 1, found, 0.0f));
+      store(at, first_of(found, c.d - j));
     }
   }
 }
@@ -205,14 +214,9 @@ struct Chunk {
       const int64_t visible = i < size ? i + own : 0;
       float* row = out + i * kChunk;
       for (int64_t j = 0; j < kChunk; j += kWidth) {
-        const int64_t some = visible - j;
-        if (some <= 0) {
-          store(row + j, zero());
-          continue;
-        }
         Vec found = load(row + j) * splat(sign);
         if (table_used) found = found * load(table + i * kChunk + j);
-        store(row + j, some >= kWidth ? found : select((Bits{1} << some) - 1, found, 0.0f));
+        store(row + j, first_of(found, visible - j));
       }
     }
   }
@@ -241,8 +245,10 @@ struct Chunk {
   }
 
   // u (size, e) of the delta rule, and r with u = beta r: r = v - read - sum over j < i of (decayed k_i . k_j) u_j, where
-  // `system` holds minus these products. `r` is what the keys read, still without their factors.
-  void solve(const float* system, float* r, float* u) const {
+  // `read` is what keys read from the state before the chunk, and `system` holds minus these products.
+  void solve(const float* state, float* system, float* r, float* u) {
+    scores(k, false, -1.0f, system);
+    read(k, state, r);
     for (int64_t i = 0; i < kChunk; ++i) {
       const Vec factor = splat(-start[i]);
       for (int64_t j = 0; j < le; j += kWidth)

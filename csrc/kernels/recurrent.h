@@ -61,20 +61,14 @@ class Recurrent {
     const int64_t past = c_.n - c_.m, size = c_.d * chunk.e;
     load_state(c_, c_.state ? c_.state + unit.number * size : nullptr, w.state, chunk.ld, chunk.le);
     int64_t counted = c_.n;
-    for (int64_t first = 0, number = 0; first < c_.n; first += kChunk, ++number) {
-      if (c_.states) {
-        float* kept = c_.states + (unit.number * chunk_count(c_) + number) * size;
-        store_rows(w.state, chunk.le, c_.d, chunk.e, kept, chunk.e);
-        if (first + kChunk < c_.n) chunk.ahead.set(Ahead::kState, kept + size, chunk.e, chunk.e, c_.d);
-      }
+    for (int64_t first = 0; first < c_.n; first += kChunk) {
+      if (c_.states) keep_state(w, unit, first);
       const bool all = chunk.load_tokens(unit, first, least(kChunk, c_.n - first), false);
       const int64_t later = least(kChunk, c_.n - first - kChunk);
       if (later > 0) chunk.expect_tokens(unit, first + kChunk, later);
       const float* u = chunk.v;
       if (c_.beta) {
-        chunk.scores(chunk.k, false, -1.0f, w.system);
-        chunk.read(chunk.k, w.state, w.r);
-        chunk.solve(w.system, w.r, w.u);
+        chunk.solve(w.state, w.system, w.r, w.u);
         u = w.u;
       }
       if (first + chunk.size > past)
@@ -89,6 +83,14 @@ class Recurrent {
     if (c_.lawful) c_.lawful[unit.number] = counted;
     if (counted < c_.n) spoil(w, unit, counted);
     if (c_.last) store_rows(w.state, chunk.le, c_.d, chunk.e, c_.last + unit.number * size, chunk.e);
+  }
+
+  // The state before a span, for the backward pass; where it goes is fetched in the chunk before.
+  void keep_state(Work& w, const Unit& unit, int64_t first) const {
+    const int64_t e = w.chunk.e, next = first + kChunk;
+    if (first % kSpan == 0) store_rows(w.state, w.chunk.le, c_.d, e, kept_state(c_, unit.number, first / kSpan), e);
+    if (next % kSpan == 0 && next < c_.n)
+      w.chunk.ahead.set(Ahead::kState, kept_state(c_, unit.number, next / kSpan), e, e, c_.d);
   }
 
   // Results of the chunk for query head i of the state.

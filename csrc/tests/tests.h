@@ -61,6 +61,7 @@ inline double read_number(const void* p, int64_t i, int32_t dtype) {
   }
   const int exponent = half >> 10 & 31;
   const double mantissa = half & 1023;
+  if (exponent == 31) return mantissa != 0.0 ? NAN : half & 0x8000 ? -INFINITY : INFINITY;
   const double size = exponent ? std::ldexp(1024.0 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
   return half & 0x8000 ? -size : size;
 }

@@ -68,7 +68,7 @@ def test_constants_match_the_header():
     assert constants.pop("BLOCK_QUERIES") == native.BLOCK_QUERIES
     assert constants.pop("BLOCK_KEYS") == native.BLOCK_KEYS
     assert (constants.pop("PREFILL"), constants.pop("DECODE")) == (native.PREFILL, native.DECODE)
-    assert constants.pop("LINEAR_CHUNK") == linear.CHUNK
+    assert constants.pop("LINEAR_SPAN") == linear.SPAN
     kinds = tuple(constants.pop(f"DECAY_{kind}") for kind in ("NONE", "TOKEN", "CHANNEL"))
     assert kinds == (linear.DECAY_NONE, linear.DECAY_TOKEN, linear.DECAY_CHANNEL)
     maps = tuple(constants.pop(f"MAP_{kind}") for kind in ("NONE", "ELU", "RELU"))

@@ -103,11 +103,31 @@ def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
     )
     # Keys of 10 + 6 channels and values of 8 for 4 heads, from latents of 12.
     latent = (q.detach(), torch.randn(2, 1, 70, 12 + 6), torch.randn(4, 10 + 8, 12), far, 0, 0.25)
-    return [("softmax", plain), ("softmax", tuple(trained)), ("softmax_backward", slopes), ("latent", latent)]
+    softmax = [("softmax", plain), ("softmax", tuple(trained)), ("softmax_backward", slopes), ("latent", latent)]
+    return softmax + sums_that_fade()
+
+
+def sums_that_fade() -> list[tuple[str, tuple[Any, ...]]]:
+    """A call with a map, means and padding, one with the delta rule, and their gradients."""
+    q, k, v = torch.rand(2, 4, 9, 16), torch.rand(2, 2, 70, 16), torch.rand(2, 2, 70, 8)
+    keep = torch.arange(70).remainder(5).ne(0).repeat(2, 1)
+    means = (q, k, v, None, None, None, 1.0, keep, "elu", True)
+    unit = torch.nn.functional.normalize(k, dim=-1).repeat_interleave(2, 1)
+    beta, decays, state = torch.rand(2, 4, 70), -torch.rand(2, 4, 70, 16), torch.randn(2, 4, 16, 8)
+    delta = (unit, unit, v, decays, beta, state, 0.25, None, None, False)
+    calls: list[tuple[str, tuple[Any, ...]]] = [("recurrence", (*means, False))]
+    for given, decay in ((means, False), (delta, True)):
+        leaves = [
+            x.clone().requires_grad_() if i < 6 and isinstance(x, torch.Tensor) else x for i, x in enumerate(given)
+        ]
+        calls.append(("recurrence", (*leaves, True)))
+        o, last, *kept = torch.ops.attnkit.recurrence(*given, True) if native.STATUS.available else [q] * 5
+        calls.append(("recurrence_backward", (*given, o, *kept, torch.randn_like(o), torch.randn_like(last), decay)))
+    return calls
 
 
 @pytest.mark.skipif(not native.STATUS.available, reason=f"no native library: {native.STATUS.reason}")
-@pytest.mark.parametrize(("name", "arguments"), operator_calls(), ids=["plain", "every feature", "backward", "latent"])
+@pytest.mark.parametrize(("name", "arguments"), operator_calls())
 def test_operator_check(name: str, arguments: tuple[Any, ...]) -> None:
     """Schema, fake shapes and strides, and AOT dispatch agree with the real operator."""
     torch.library.opcheck(getattr(torch.ops.attnkit, name), arguments)

@@ -19,8 +19,6 @@ REFUSED = {
     "softmax-cpu": {"dropout"},
     # Intervals are all it takes; tests/contract/test_mla_native.py repeats calls and hides keys with those.
     "mla-cpu": {"deterministic", "documents", "empty_rows", "neutral_features", "padding"},
-    # It has no gradient of log_decay; tests/build/test_native_recurrence.py has those of the others.
-    "retention-cpu": {"gradients"},
     "softmax-sdpa": {"parts_merge", "dropout"},
     "softmax-flex": {"definition_in_double_precision", "parts_merge", "dropout", "gradients"},
 }

@@ -95,6 +95,7 @@ ERRORS = {
     5: "the instruction level is not built or does not run on this processor",
     6: "the scratch memory is too small or does not start at a multiple of 64 bytes",
     **cache.ERRORS,
+    **linear.ERRORS,
 }
 
 _FORMATS: dict[Any, str] = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f"}

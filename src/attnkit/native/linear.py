@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 
-CHUNK = 32
+SPAN = 256  # tokens between two states that are kept for gradients
 DECAY_NONE, DECAY_TOKEN, DECAY_CHANNEL = 0, 1, 2
 MAP_NONE, MAP_ELU, MAP_RELU = 0, 1, 2
+
+ERRORS = {30: "decays, map, means, padding and the delta rule of a sum that fades do not go together"}
 
 FIELDS: tuple[tuple[str, type], ...] = (
     *((name, c_void_p) for name in ("q", "k", "v", "decay", "beta", "keep", "state", "o", "last")),

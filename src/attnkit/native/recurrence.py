@@ -1,7 +1,7 @@
 """The native form of ``attnkit.recurrence``, and of the delta rule, with its gradients.
 
 One call serves linear attention, retention, gated linear attention and the delta rule: they differ in what fades and
-in ``beta``. The forward pass keeps one state for each 32 tokens when a gradient is wanted, and nothing else.
+in ``beta``. The forward pass keeps one state for each 256 tokens when a gradient is wanted, and nothing else.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ class Options(NamedTuple):
     means: bool
 
 
+def _options(scale: float, keep: Tensor | None, feature_map: str | None, means: bool) -> Options:
+    return Options(scale, None if keep is None else keep.contiguous(), feature_map, means)
+
+
 def reasons(q: Tensor, d: int, e: int) -> tuple[str, ...]:
     """Why the native kernels cannot run queries like ``q`` with ``d`` channels of keys and ``e`` of values."""
     found = []
@@ -46,8 +50,6 @@ def reasons(q: Tensor, d: int, e: int) -> tuple[str, ...]:
         found.append(f"device is {q.device.type}, the native kernel needs cpu")
     if q.dtype not in native.DTYPES:
         found.append(f"dtype is {q.dtype}, the native kernel takes float32, bfloat16 and float16")
-    if torch.compiler.is_compiling():
-        found.append("the call is being compiled, the native kernel runs eagerly only")
     for name, size in (("key", d), ("value", e)):
         if not 1 <= size <= MOST_SIZE:
             found.append(f"{name} size is {size}, the native kernel takes 1 to {MOST_SIZE}")
@@ -86,8 +88,12 @@ def recurrence(
     beta = None if beta is None else beta.float()
     state = None if state is None else state.float()
     given: Given = (q, k, v, log_decay, beta, state)
-    options = Options(scale, None if keep is None else keep.contiguous(), feature_map, means)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+    options = _options(scale, keep, feature_map, means)
+    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    if torch.compiler.is_compiling():
+        o, last, *_ = _operator(*given, *options, trains)
+        return o, last
+    if trains:
         o, last = _Recurrence.apply(*given, options)  # type: ignore[no-untyped-call]
         return o, last
     found = _forward(given, options, keep_states=False)
@@ -95,7 +101,7 @@ def recurrence(
 
 
 class Found(NamedTuple):
-    """Results and the last state; for gradients states before every chunk, divisors and how many tokens count."""
+    """Results and the last state; for gradients states before every span, divisors, and how many tokens count."""
 
     o: Tensor
     last: Tensor
@@ -129,23 +135,142 @@ class _Recurrence(Function):
     def backward(ctx: Any, d_o: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
         *given, o, states, total, lawful = ctx.saved_tensors
         saved = {"o": o, "states": states, "total": total, "lawful": lawful}
-        slopes = _backward(tuple(given), ctx.options, saved, d_o, d_last, ctx.needs_input_grad)
+        slopes = _backward(tuple(given), ctx.options, saved, d_o, d_last, ctx.needs_input_grad[3])
         return *slopes, None
 
 
-def _forward(given: Given, options: Options, *, keep_states: bool) -> Found:
-    q, k, v, log_decay, beta, state = given = _laid_out(given)
+@torch.library.custom_op("attnkit::recurrence", mutates_args=(), device_types="cpu")
+def _operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    scale: float,
+    keep: Tensor | None,
+    feature_map: str | None,
+    means: bool,
+    trains: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``Found``, with an empty tensor for what there is not."""
+    options = _options(scale, keep, feature_map, means)
+    found = _forward((q, k, v, log_decay, beta, state), options, keep_states=trains)
+    return found.o, found.last, found.states, _or_empty(found.total, q), found.lawful
+
+
+@_operator.register_fake
+def _shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    scale: float,
+    keep: Tensor | None,
+    feature_map: str | None,
+    means: bool,
+    trains: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    found = _found((q, k, v, log_decay, beta, state), means, keep_states=trains)
+    return found.o, found.last, found.states, _or_empty(found.total, q), found.lawful
+
+
+@torch.library.custom_op("attnkit::recurrence_backward", mutates_args=(), device_types="cpu")
+def _backward_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    scale: float,
+    keep: Tensor | None,
+    feature_map: str | None,
+    means: bool,
+    o: Tensor,
+    states: Tensor,
+    total: Tensor,
+    lawful: Tensor,
+    d_o: Tensor,
+    d_last: Tensor,
+    decays: bool,
+) -> list[Tensor]:
+    """Gradients of the first six, those of decays if they are wanted; an empty tensor for what there is not."""
+    options = _options(scale, keep, feature_map, means)
+    saved = {"o": o, "states": states, "total": total if means else None, "lawful": lawful}
+    slopes = _backward((q, k, v, log_decay, beta, state), options, saved, d_o, d_last, decays)
+    return [_or_empty(x, q) for x in slopes]
+
+
+@_backward_operator.register_fake
+def _backward_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    scale: float,
+    keep: Tensor | None,
+    feature_map: str | None,
+    means: bool,
+    o: Tensor,
+    states: Tensor,
+    total: Tensor,
+    lawful: Tensor,
+    d_o: Tensor,
+    d_last: Tensor,
+    decays: bool,
+) -> list[Tensor]:
+    given = (q, k, v, log_decay if decays else None, beta, state)
+    return [_or_empty(None if x is None else x.new_empty(x.shape), q) for x in given]
+
+
+def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.float32) if x is None else x
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *given, ctx.scale, keep, ctx.feature_map, ctx.means, _ = inputs
+    o, _, states, total, lawful = output
+    ctx.save_for_backward(*given, keep, o, states, total, lawful)
+
+
+def _slopes(ctx: Any, d_o: Tensor, d_last: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *given, keep, o, states, total, lawful = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:6]
+    found = torch.ops.attnkit.recurrence_backward(
+        *given, ctx.scale, keep, ctx.feature_map, ctx.means, o, states, total, lawful, d_o, d_last, needs[3]
+    )
+    return *(x if need else None for x, need in zip(found, needs, strict=True)), *[None] * 5
+
+
+_operator.register_autograd(_slopes, setup_context=_keep)
+
+
+def _found(given: Given, means: bool, *, keep_states: bool) -> Found:
+    """Room for what a call finds."""
+    q, k, v, _, beta, _ = given
     (b, h, m, d), n, e, s = q.shape, k.shape[2], v.shape[3], _states(given)
-    columns = e + options.means
-    chunks = -(-n // linear.CHUNK) if keep_states else 0
-    found = Found(
+    columns = e + means
+    spans = -(-n // linear.SPAN) if keep_states else 0
+    return Found(
         o=empty(q, b, h, m, e),
         last=empty(q, b, s, d, columns, dtype=torch.float32),
-        states=empty(q, b, s, chunks, d, columns, dtype=torch.float32),
-        total=empty(q, b, h, m, dtype=torch.float32) if options.means else None,
+        states=empty(q, b, s, spans, d, columns, dtype=torch.float32),
+        total=empty(q, b, h, max(m, 1), dtype=torch.float32)
+        if means
+        else None,  # never null: it says that there are means
         lawful=q.new_empty(0 if beta is None else b * s, dtype=torch.int64),
     )
-    if n == 0:
+
+
+def _forward(given: Given, options: Options, *, keep_states: bool) -> Found:
+    given = _laid_out(given)
+    found, state = _found(given, options.means, keep_states=keep_states), given[5]
+    if given[1].shape[2] == 0:
         found.last.zero_() if state is None else found.last.copy_(state)
     results = found._asdict() | {"states": found.states if keep_states else None}
     native.run("linear_forward", _packed(given, options, results))
@@ -158,16 +283,16 @@ def _backward(
     saved: dict[str, Tensor | None],
     d_o: Tensor,
     d_last: Tensor,
-    wanted: tuple[bool, ...],
+    decays: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of what was given."""
+    """Gradients of what was given, those of decays if they are wanted."""
     q, k, v, log_decay, beta, state = given = _laid_out(given)
     (b, h, m, d), n, e, s = q.shape, k.shape[2], v.shape[3], _states(given)
     slopes = {
         "dq": empty(q, b, h, m, d),
         "dk": empty(k, b, s, n, d),
         "dv": empty(v, b, s, n, e),
-        "d_decay": empty(q, *log_decay.shape, dtype=torch.float32) if log_decay is not None and wanted[3] else None,
+        "d_decay": empty(q, *log_decay.shape, dtype=torch.float32) if log_decay is not None and decays else None,
         "d_beta": None if beta is None else q.new_empty(b, s, n, dtype=torch.float32),
         "d_state": d_last.clone(memory_format=torch.contiguous_format),  # what it is without a token
     }
