@@ -9,6 +9,8 @@ constexpr int64_t kTileKeys = kTileBlocks * kBlockKeys;
 // KV heads are packed in waves of about this size: they are then still in the second cache when they are used, and packed
 // memory does not grow with the batch. On a Zen 5 core with 1 MB of it, 2 % faster at n = 1024 than waves of 16 MB.
 constexpr int64_t kWaveBytes = int64_t{1} << 20;
+// Smaller KV heads are packed and worked on by one thread each as long as there are enough of them for all.
+constexpr int64_t kOwnBytes = int64_t{5} << 17;
 
 template <class Math, class T>
 class Prefill {
@@ -27,8 +29,11 @@ class Prefill {
         query_blocks_(ceil_div(call.m, kBlockQueries)),
         query_steps_(round_up(sizes_.key_steps, kWidth)),
         value_columns_(sizes_.value_vectors * kWidth),
-        wave_(clamp<int64_t>(kWaveBytes / most<int64_t>(sizes_.bytes(), 1), 1, call.b * call.g)),  // no keys, no bytes
-        threads_(thread_count()) {}
+        narrow_(!call.offsets && spans_one_tile(call)),
+        threads_(thread_count()),
+        own_(sizes_.bytes() <= kOwnBytes ? most<int64_t>(call.b * call.g / threads_ - 1, 0) * threads_ : 0),
+        wave_(own_ > 0 ? call.b * call.g - own_
+                       : clamp<int64_t>(kWaveBytes / most<int64_t>(sizes_.bytes(), 1), 1, call.b * call.g)) {}  // no keys, no bytes
 
   int64_t scratch_bytes() const { return buffers() * wave_ * sizes_.bytes() + threads_ * work_bytes(); }
 
@@ -41,22 +46,27 @@ class Prefill {
 #pragma omp parallel num_threads(static_cast<int>(threads_)) if (threads_ > 1)
     {
       const Work work(*this, works + thread_number() * work_bytes());
-      for (int64_t start = 0; start < heads; start += wave_) {
-        char* const buffer = scratch + start / wave_ % 2 * wave_ * sizes_.bytes();
+      for (int64_t start = own_; start < heads; start += wave_) {
+        char* const buffer = scratch + (start - own_) / wave_ % 2 * wave_ * sizes_.bytes();
         const int64_t count = least(wave_, heads - start);
         // Nobody waits at the end of a wave: whoever is done packs the next one into the other buffer. All have left a
         // buffer when it is packed again, because all have packed the wave between.
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < count * blocks; ++task)
           pack(start + task / blocks, packed(buffer, task / blocks), first_block + task % blocks);
+        if (start == own_ && own_ > 0) {
+#pragma omp for schedule(dynamic, 1) nowait
+          for (int64_t head = 0; head < own_; ++head) {
+            for (int64_t i = 0; i < blocks; ++i) pack(head, work.own, first_block + i);
+            for (int64_t task = 0; task < ratio_ * query_blocks_; ++task) block(work, work.own, head, task);
+          }
+        }
         // Longest rows first: what is left at the end is short.
         const int64_t tasks = count * ratio_ * query_blocks_;
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t task = 0; task < tasks; ++task) {
-          const int64_t slot = task / (ratio_ * query_blocks_), rest = task % (ratio_ * query_blocks_);
-          const int64_t head = start + slot;
-          block(work, packed(buffer, slot), head / s_.g, head % s_.g * ratio_ + rest / query_blocks_,
-                query_blocks_ - 1 - rest % query_blocks_);
+          const int64_t slot = task / (ratio_ * query_blocks_);
+          block(work, packed(buffer, slot), start + slot, task % (ratio_ * query_blocks_));
         }
       }
     }
@@ -72,6 +82,7 @@ class Prefill {
     float* totals;     // 48 rows of one vector
     float* tops;       // 48, see Prefill::raise_tops
     float* peaks;      // 6 rows of one vector: maxima of the tile's scores
+    Packed<Math> own;  // a KV head that no other thread works on
     Work(const Prefill& p, char* memory)
         : queries(reinterpret_cast<Element*>(memory)),
           scores(reinterpret_cast<float*>(queries + kBlockQueries * p.query_steps_)),
@@ -79,16 +90,26 @@ class Prefill {
           sums(reinterpret_cast<float*>(weights + kRows * kWeightStep)),
           totals(sums + kBlockQueries * p.value_columns_),
           tops(totals + kBlockQueries * kWidth),
-          peaks(tops + kBlockQueries) {}
+          peaks(tops + kBlockQueries),
+          own(memory + p.own_at(), p.sizes_) {}
   };
 
-  // Up to four key blocks, and the runs of neighbours among them: one product covers a run.
+  // Up to four key blocks. Column c of block i is 64 i + c.
   struct Tile {
-    int blocks = 0, runs = 0;
-    bool whole = false;  // every row sees every key
+    int blocks = 0;
     int64_t block[kTileBlocks];
     const int64_t* words[kTileBlocks];
-    int run_begin[kTileBlocks + 1];
+  };
+
+  // What six rows see of a tile: of each block the columns that some row sees, and spans of neighbouring keys among them:
+  // one product covers a span.
+  struct View {
+    int spans = 0;
+    Range span[kTileBlocks];
+    int64_t shift[kTileBlocks];  // from a span's columns to keys
+    Range columns[kTileBlocks];
+    bool partial[kTileBlocks];  // some row does not see all of the block
+    bool partly = false;        // some block that is seen is partial
   };
 
   // Queries of the block in hand.
@@ -99,11 +120,16 @@ class Prefill {
     ATTNKIT_INLINE int64_t last(int group) const { return first + least<int64_t>(count, (group + 1) * kRows) - 1; }
   };
 
-  int64_t buffers() const { return wave_ < s_.b * s_.g ? 2 : 1; }
-  int64_t work_bytes() const {
-    return round_up(4 * (kBlockQueries * (query_steps_ + value_columns_ + kWidth + 1) + kRows * (kTileKeys + kWeightStep + kWidth)),
-                    64);
+  static bool spans_one_tile(const attnkit_softmax& s) {
+    constexpr int64_t kMost = (kTileBlocks - 1) * kBlockKeys + 1 - kBlockQueries;  // wherever in a block they begin
+    return s.left <= kMost && s.right <= kMost && s.left + s.right <= kMost;
   }
+  int64_t buffers() const { return wave_ < s_.b * s_.g - own_ ? 2 : 1; }
+  int64_t own_at() const {
+    const int64_t row = query_steps_ + value_columns_ + kWidth + 1;
+    return round_up(4 * (kBlockQueries * row + kRows * (kTileKeys + kWeightStep + kWidth)), 64);
+  }
+  int64_t work_bytes() const { return own_at() + (own_ > 0 ? sizes_.bytes() : 0); }
   int64_t thread_count() const {
     return useful_threads(s_, s_.b * s_.g * ratio_ * query_blocks_);
   }
@@ -119,7 +145,10 @@ class Prefill {
     to.odd_values[key_block] = pack_value_block<Math>(s_, values, sizes_, key_block, to.values);
   }
 
-  void block(const Work& w, const Packed<Math>& kv, int64_t batch, int64_t head, int64_t query_block) const {
+  // One block of queries of the heads that share a KV head, those with the most keys first.
+  void block(const Work& w, const Packed<Math>& kv, int64_t kv_head, int64_t task) const {
+    const int64_t batch = kv_head / s_.g, head = kv_head % s_.g * ratio_ + task / query_blocks_;
+    const int64_t query_block = query_blocks_ - 1 - task % query_blocks_;
     const int64_t first = query_block * kBlockQueries;
     const Queries queries = {batch, head, first, least(kBlockQueries, s_.m - first)};
     const T* q = static_cast<const T*>(s_.q) + batch * s_.q_b + head * s_.q_h + first * s_.q_m;
@@ -136,130 +165,129 @@ class Prefill {
     for (int64_t entry = blocks.entry; entry < blocks.entry_end;) {
       Tile tile;
       entry = next_tile(blocks, entry, tile);
-      const int64_t last_key = (tile.block[tile.blocks - 1] + 1) * kBlockKeys;
-      tile.whole = !s_.offsets && visible_range(s_, first + queries.count - 1).begin <= tile.block[0] * kBlockKeys &&
-                   visible_range(s_, first).end >= last_key;
       for (int group = 0; group < queries.groups(); ++group) attend(w, kv, queries, tile, group);
     }
     finish(w, queries);
   }
 
-  // Blocks of an interval keep to multiples of the tile; those of a list are taken as they come.
+  // Blocks of an interval keep to multiples of the tile, or are one tile where that always holds them; those of a list are
+  // taken as they come.
   int64_t next_tile(const KeyBlocks& blocks, int64_t entry, Tile& tile) const {
-    const int64_t limit = s_.offsets ? entry + kTileBlocks : (entry / kTileBlocks + 1) * kTileBlocks;
+    const int64_t limit = s_.offsets || narrow_ ? entry + kTileBlocks : (entry / kTileBlocks + 1) * kTileBlocks;
     for (; entry < least(limit, blocks.entry_end); ++entry) {
-      const int64_t at = blocks.key_block(entry);
-      if (tile.blocks == 0 || tile.block[tile.blocks - 1] + 1 != at) tile.run_begin[tile.runs++] = tile.blocks;
-      tile.block[tile.blocks] = at;
+      tile.block[tile.blocks] = blocks.key_block(entry);
       tile.words[tile.blocks++] = blocks.words(entry);
     }
-    tile.run_begin[tile.runs] = tile.blocks;
     return entry;
   }
 
-  // Columns of the tile that some row of the group may see inside one run. Column c of block i is 64 i + c.
-  ATTNKIT_INLINE Range columns(const Queries& queries, const Tile& tile, int group, int run) const {
-    const int64_t begin = tile.run_begin[run] * kBlockKeys, end = tile.run_begin[run + 1] * kBlockKeys;
-    const int64_t shift = begin - tile.block[tile.run_begin[run]] * kBlockKeys;
-    return {clamp(visible_range(s_, queries.begin(group)).begin + shift, begin, end),
-            clamp(visible_range(s_, queries.last(group)).end + shift, begin, end)};
+  ATTNKIT_INLINE View view(const Queries& queries, const Tile& tile, int group) const {
+    const int64_t first = queries.begin(group), last = queries.last(group);
+    const Range early = visible_range(s_, first), late = visible_range(s_, last);
+    View seen;
+    for (int i = 0; i < tile.blocks; ++i) {
+      const int64_t key = tile.block[i] * kBlockKeys;
+      Range r = {clamp<int64_t>(early.begin - key, 0, kBlockKeys), clamp<int64_t>(late.end - key, 0, kBlockKeys)};
+      seen.partial[i] = late.begin > key || early.end < key + kBlockKeys;
+      if (tile.words[i]) {
+        uint64_t some = 0, every = kAll;
+        for (int64_t row = first; row <= last; ++row) {
+          const uint64_t word = static_cast<uint64_t>(tile.words[i][row % kBlockQueries]);
+          some |= word;
+          every &= word;
+        }
+        seen.partial[i] = seen.partial[i] || every != kAll;
+        some &= bit_range(r.begin, r.end);
+        r = some ? Range{__builtin_ctzll(some), kBlockKeys - __builtin_clzll(some)} : Range{0, 0};
+      }
+      const int64_t shift = key - i * kBlockKeys;
+      const Range columns = {i * kBlockKeys + r.begin, i * kBlockKeys + r.end};
+      seen.columns[i] = columns;
+      if (columns.empty()) continue;
+      seen.partly = seen.partly || seen.partial[i];
+      if (seen.spans > 0 && seen.span[seen.spans - 1].end == columns.begin && seen.shift[seen.spans - 1] == shift) {
+        seen.span[seen.spans - 1].end = columns.end;
+      } else {
+        seen.span[seen.spans] = columns;
+        seen.shift[seen.spans++] = shift;
+      }
+    }
+    return seen;
   }
   // Cut to whole vectors.
   static ATTNKIT_INLINE Range whole_vectors(Range r) {
     return {r.begin / kVectorKeys * kVectorKeys, round_up(r.end, kVectorKeys)};
   }
-  // Whether some row of the group does not see all of the block.
-  ATTNKIT_INLINE bool is_partial(const Queries& queries, const Tile& tile, int group, int i) const {
-    const int64_t key = tile.block[i] * kBlockKeys;
-    return tile.words[i] || visible_range(s_, queries.last(group)).begin > key ||
-           visible_range(s_, queries.begin(group)).end < key + kBlockKeys;
-  }
 
   // Six rows of the tile: logits, mask, weights, sum over values.
   void attend(const Work& w, const Packed<Math>& kv, const Queries& queries, const Tile& tile, int group) const {
-    Range seen[kTileBlocks] = {{0, tile.blocks * kBlockKeys}};
-    if (!tile.whole) {
-      bool some = false;
-      for (int run = 0; run < tile.runs; ++run) {
-        seen[run] = columns(queries, tile, group, run);
-        some = some || !seen[run].empty();
-      }
-      if (!some) return;
-    }
-    score(w, kv, tile, group, seen);
-    bool careful = false;
-    if (!tile.whole || !logits_.plain) {
-      bool partial[kTileBlocks];
-      for (int i = 0; i < tile.blocks; ++i) {
-        partial[i] = is_partial(queries, tile, group, i);
-        careful = careful || (kv.odd_values[tile.block[i]] && (s_.bias || partial[i]));
-      }
-      if (!logits_.plain) to_logits(w, queries, tile, group, seen);
-      hide(w, queries, tile, group, seen, partial);
-    }
+    const View seen = view(queries, tile, group);
+    if (seen.spans == 0) return;
+    score(w, kv, group, seen);
+    if (!logits_.plain) to_logits(w, queries, group, seen);
+    if (seen.partly || !logits_.plain) hide(w, queries, tile, group, seen);
     raise_tops(w, group);
-    weigh(w, tile, group, seen);
+    weigh(w, group, seen);
+    bool careful = false;
+    for (int i = 0; i < tile.blocks; ++i)
+      careful = careful || (kv.odd_values[tile.block[i]] && !seen.columns[i].empty() && (s_.bias || seen.partial[i]));
     if (careful) {
-      add_visible_values(w, kv, queries, tile, group, seen);
+      add_visible_values(w, kv, queries, group, seen);
     } else {
-      add_values(w, kv, tile, group, seen);
+      add_values(w, kv, group, seen);
     }
   }
 
-  // Products of queries and keys, strip by strip.
-  void score(const Work& w, const Packed<Math>& kv, const Tile& tile, int group, const Range* seen) const {
-    for (int i = 0; i < kRows; ++i) store(w.peaks + i * kWidth, splat(-kInfinity));
-    for (int run = 0; run < tile.runs; ++run) {
-      if (seen[run].empty()) continue;
-      const Range r = whole_vectors(seen[run]);
-      const int64_t shift = (tile.block[tile.run_begin[run]] - tile.run_begin[run]) * kBlockKeys;
+  // Products of queries and keys, strip by strip, and the rows' maxima over blocks that all of them see.
+  void score(const Work& w, const Packed<Math>& kv, int group, const View& seen) const {
+    alignas(64) float unused[kRows * kWidth];
+    for (int i = 0; i < kRows; ++i) {
+      store(w.peaks + i * kWidth, splat(-kInfinity));
+      store(unused + i * kWidth, splat(-kInfinity));
+    }
+    for (int span = 0; span < seen.spans; ++span) {
+      const Range r = whole_vectors(seen.span[span]);
       for (int64_t c = r.begin; c < r.end;) {
         const int64_t strip = c / kStrip * kStrip, stop = least(r.end, strip + kStrip);
         with_vectors((stop - c) / kWidth, [&](auto vectors) {
           product_and_peaks<Math, vectors.count>(w.queries + group * kRows * query_steps_, query_steps_,
-                                                 kv.keys + (shift + strip) * sizes_.key_steps + c - strip,
-                                                 sizes_.key_steps, w.scores + c, kTileKeys, w.peaks);
+                                                 kv.keys + (seen.shift[span] + strip) * sizes_.key_steps + c - strip,
+                                                 sizes_.key_steps, w.scores + c, kTileKeys,
+                                                 seen.partial[c / kBlockKeys] ? unused : w.peaks);
         });
         c = stop;
       }
     }
   }
 
-  void to_logits(const Work& w, const Queries& queries, const Tile& tile, int group, const Range* seen) const {
-    for (int run = 0; run < tile.runs; ++run) {
-      if (seen[run].empty()) continue;
-      const Range r = whole_vectors(seen[run]);
-      const int64_t key = (tile.block[tile.run_begin[run]] - tile.run_begin[run]) * kBlockKeys + r.begin;
+  void to_logits(const Work& w, const Queries& queries, int group, const View& seen) const {
+    for (int span = 0; span < seen.spans; ++span) {
+      const Range r = whole_vectors(seen.span[span]);
       for (int64_t i = queries.begin(group); i <= queries.last(group); ++i)
         logits_.apply(w.scores + (i - queries.begin(group)) * kTileKeys + r.begin,
-                      static_cast<int>((r.end - r.begin) / kWidth), queries.batch, queries.head, i, key);
+                      static_cast<int>((r.end - r.begin) / kWidth), queries.batch, queries.head, i,
+                      seen.shift[span] + r.begin);
     }
   }
 
-  // -inf where a row of the group may not look, and the maxima of what is left.
-  void hide(const Work& w, const Queries& queries, const Tile& tile, int group, const Range* seen,
-            const bool* partial) const {
+  // -inf where a row of the group may not look, and the maxima of what is left. Products that stay as they are have theirs.
+  void hide(const Work& w, const Queries& queries, const Tile& tile, int group, const View& seen) const {
     for (int64_t i = queries.begin(group); i <= queries.last(group); ++i) {
       float* scores = w.scores + (i - queries.begin(group)) * kTileKeys;
-      Vec peak = splat(-kInfinity);
-      for (int run = 0; run < tile.runs; ++run) {
-        if (seen[run].empty()) continue;
-        const Range r = whole_vectors(seen[run]);
-        for (int64_t c = r.begin; c < r.end;) {
-          const int64_t block = c / kBlockKeys, stop = least(r.end, (block + 1) * kBlockKeys);
-          if (partial[block]) {
-            const uint64_t word = visible_word(s_, i, tile.block[block], tile.words[block]);
-            for (; c < stop; c += kWidth) {
-              const Vec x = select(static_cast<Bits>(word >> c % kBlockKeys), load(scores + c), -kInfinity);
-              store(scores + c, x);
-              peak = max(peak, x);
-            }
-          } else {
-            for (; c < stop; c += kWidth) peak = max(peak, load(scores + c));
-          }
+      float* peaks = w.peaks + (i - queries.begin(group)) * kWidth;
+      const Range keys = visible_range(s_, i);
+      Vec peak = logits_.plain ? load(peaks) : splat(-kInfinity);
+      for (int block = 0; block < tile.blocks; ++block) {
+        if (seen.columns[block].empty() || (logits_.plain && !seen.partial[block])) continue;
+        const Range r = whole_vectors(seen.columns[block]);
+        const uint64_t word = seen.partial[block] ? visible_word(i, keys, tile.block[block], tile.words[block]) : kAll;
+        for (int64_t c = r.begin; c < r.end; c += kWidth) {
+          const Vec x = select(static_cast<Bits>(word >> c % kBlockKeys), load(scores + c), -kInfinity);
+          store(scores + c, x);
+          peak = max(peak, x);
         }
       }
-      store(w.peaks + (i - queries.begin(group)) * kWidth, peak);
+      store(peaks, peak);
     }
   }
 
@@ -289,7 +317,7 @@ class Prefill {
 
   // Weights of the group, and their totals. Rows go through one loop together: one row alone is a chain of dependent
   // instructions, and a loop that ends after every row is often guessed wrong.
-  void weigh(const Work& w, const Tile& tile, int group, const Range* seen) const {
+  void weigh(const Work& w, int group, const View& seen) const {
     const Vec factor = splat(logits_.exponent);
 #pragma GCC unroll 1
     for (int first = 0; first < kRows; first += kWeighRows) {
@@ -303,9 +331,8 @@ class Prefill {
         total[i] = load(totals + i * kWidth);
         shift[i] = splat(tops[i] == -kInfinity ? 0.0f : -tops[i]);
       }
-      for (int run = 0; run < tile.runs; ++run) {
-        if (seen[run].empty()) continue;
-        const Range r = whole_vectors(seen[run]);
+      for (int span = 0; span < seen.spans; ++span) {
+        const Range r = whole_vectors(seen.span[span]);
         for (int64_t c = r.begin; c < r.end; c += kVectorKeys) {
 #pragma GCC unroll 6
           for (int i = 0; i < kWeighRows; ++i) {
@@ -324,14 +351,12 @@ class Prefill {
     }
   }
 
-  void add_values(const Work& w, const Packed<Math>& kv, const Tile& tile, int group, const Range* seen) const {
+  void add_values(const Work& w, const Packed<Math>& kv, int group, const View& seen) const {
     float* sums = w.sums + group * kRows * value_columns_;
-    for (int run = 0; run < tile.runs; ++run) {
-      if (seen[run].empty()) continue;
-      const int64_t begin = seen[run].begin / Math::kNumbers;
-      const int64_t steps = ceil_div(seen[run].end, Math::kNumbers) - begin;
-      const int64_t block = tile.block[tile.run_begin[run]] - tile.run_begin[run];
-      const int64_t step = block * kBlockKeys / Math::kNumbers + begin;
+    for (int span = 0; span < seen.spans; ++span) {
+      const int64_t begin = seen.span[span].begin / Math::kNumbers;
+      const int64_t steps = ceil_div(seen.span[span].end, Math::kNumbers) - begin;
+      const int64_t step = seen.shift[span] / Math::kNumbers + begin;
       for (int64_t vector = 0; vector < sizes_.value_vectors; vector += kStripVectors) {
         const int64_t vectors = least<int64_t>(kStripVectors, sizes_.value_vectors - vector);
         with_vectors(vectors, [&](auto strip) {
@@ -344,15 +369,15 @@ class Prefill {
   }
 
   // The same for rows that must not touch some values of the tile, a NaN or an infinity: 0 times those is a NaN.
-  void add_visible_values(const Work& w, const Packed<Math>& kv, const Queries& queries, const Tile& tile, int group,
-                          const Range* seen) const {
+  void add_visible_values(const Work& w, const Packed<Math>& kv, const Queries& queries, int group,
+                          const View& seen) const {
     for (int64_t i = queries.begin(group); i <= queries.last(group); ++i) {
       const int64_t row = i - queries.first;
       const Element* weights = w.weights + row % kRows * kWeightStep;
-      for (int run = 0; run < tile.runs; ++run) {
-        for (int64_t c = seen[run].begin; c < seen[run].end; ++c) {
+      for (int span = 0; span < seen.spans; ++span) {
+        for (int64_t c = seen.span[span].begin; c < seen.span[span].end; ++c) {
           if (w.scores[row % kRows * kTileKeys + c] == -kInfinity) continue;
-          const int64_t key = (tile.block[tile.run_begin[run]] - tile.run_begin[run]) * kBlockKeys + c;
+          const int64_t key = seen.shift[span] + c;
           const Vec weight = splat(Math::weight(weights, c));
           for (int64_t vector = 0; vector < sizes_.value_vectors; ++vector) {
             const int64_t strip = vector / kStripVectors * kStripVectors;
@@ -386,6 +411,8 @@ class Prefill {
   const int64_t query_blocks_;
   const int64_t query_steps_;    // of one packed query, whole vectors
   const int64_t value_columns_;  // of one row of sums, whole vectors
-  const int64_t wave_;           // KV heads packed at a time
+  const bool narrow_;            // the keys of a block of queries always fit into one tile
   const int64_t threads_;
+  const int64_t own_;            // KV heads that one thread each packs and works on
+  const int64_t wave_;           // of the others, packed at a time
 };

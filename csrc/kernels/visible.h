@@ -69,9 +69,11 @@ struct KeyBlocks {
   }
 };
 
-// Keys of one block that query `i` sees; `words` as KeyBlocks::words gives them.
-ATTNKIT_INLINE uint64_t visible_word(const attnkit_softmax& s, int64_t i, int64_t key_block, const int64_t* words) {
-  const Range keys = visible_range(s, i);
+// Keys of one block that query `i` sees, `keys` through the interval; `words` as KeyBlocks::words gives them.
+ATTNKIT_INLINE uint64_t visible_word(int64_t i, Range keys, int64_t key_block, const int64_t* words) {
   const uint64_t inside = bit_range(keys.begin - key_block * kBlockKeys, keys.end - key_block * kBlockKeys);
   return words ? inside & static_cast<uint64_t>(words[i % kBlockQueries]) : inside;
+}
+ATTNKIT_INLINE uint64_t visible_word(const attnkit_softmax& s, int64_t i, int64_t key_block, const int64_t* words) {
+  return visible_word(i, visible_range(s, i), key_block, words);
 }
