@@ -13,8 +13,9 @@
 template <class Math>
 struct PackedSizes {
   int64_t key_blocks, key_steps, value_vectors, value_steps;
-  explicit PackedSizes(const attnkit_softmax& s)
-      : key_blocks(ceil_div(s.n, kBlockKeys)),
+  explicit PackedSizes(const attnkit_softmax& s) : PackedSizes(s, ceil_div(s.n, kBlockKeys)) {}
+  PackedSizes(const attnkit_softmax& s, int64_t blocks)
+      : key_blocks(blocks),
         key_steps(ceil_div(s.d, Math::kNumbers)),
         value_vectors(ceil_div(s.e, kWidth)),
         value_steps(key_blocks * kBlockKeys / Math::kNumbers) {}

@@ -6,10 +6,11 @@
 
 constexpr int kTileBlocks = 4;
 constexpr int64_t kTileKeys = kTileBlocks * kBlockKeys;
-// KV heads are packed in waves of about this size: they are then still in the second cache when they are used, and packed
+// Pieces are packed in waves of about this size: they are then still in the second cache when they are used, and packed
 // memory does not grow with the batch. On a Zen 5 core with 1 MB of it, 2 % faster at n = 1024 than waves of 16 MB.
 constexpr int64_t kWaveBytes = int64_t{1} << 20;
-// Smaller KV heads are packed and worked on by one thread each as long as there are enough of them for all.
+// A piece that leaves half of the second cache free is packed and worked on by one thread: nobody waits for it, and it does
+// not move between the caches of two cores.
 constexpr int64_t kOwnBytes = int64_t{5} << 17;
 
 template <class Math, class T>
@@ -23,51 +24,48 @@ class Prefill {
  public:
   explicit Prefill(const attnkit_softmax& call)
       : s_(call),
-        sizes_(call),
         logits_(call),
         ratio_(call.h / call.g),
         query_blocks_(ceil_div(call.m, kBlockQueries)),
+        narrow_(!call.offsets && spans_one_tile()),
+        threads_(useful_threads(call, call.b * call.h * query_blocks_)),
+        piece_blocks_(piece_blocks()),
+        pieces_(ceil_div(query_blocks_, piece_blocks_)),
+        sizes_(call, key_blocks()),
         query_steps_(round_up(sizes_.key_steps, kWidth)),
         value_columns_(sizes_.value_vectors * kWidth),
-        narrow_(!call.offsets && spans_one_tile(call)),
-        threads_(thread_count()),
-        own_(sizes_.bytes() <= kOwnBytes ? most<int64_t>(call.b * call.g / threads_ - 1, 0) * threads_ : 0),
-        wave_(own_ > 0 ? call.b * call.g - own_
-                       : clamp<int64_t>(kWaveBytes / most<int64_t>(sizes_.bytes(), 1), 1, call.b * call.g)) {}  // no keys, no bytes
+        own_(sizes_.bytes() <= kOwnBytes ? most<int64_t>(all_pieces() / threads_ - 1, 0) * threads_ : 0),
+        wave_(own_ > 0 ? all_pieces() - own_
+                       : clamp<int64_t>(kWaveBytes / most<int64_t>(sizes_.bytes(), 1), 1, all_pieces())) {}  // no keys, no bytes
 
   int64_t scratch_bytes() const { return buffers() * wave_ * sizes_.bytes() + threads_ * work_bytes(); }
 
   void run(char* scratch) const {
-    const int64_t heads = s_.b * s_.g;
     char* const works = scratch + buffers() * wave_ * sizes_.bytes();
-    const Range keys = {visible_range(s_, 0).begin, visible_range(s_, s_.m - 1).end};
-    const int64_t first_block = keys.begin / kBlockKeys;
-    const int64_t blocks = keys.empty() ? 0 : ceil_div(keys.end, kBlockKeys) - first_block;
+    const int64_t tasks = ratio_ * piece_blocks_;
 #pragma omp parallel num_threads(static_cast<int>(threads_)) if (threads_ > 1)
     {
       const Work work(*this, works + thread_number() * work_bytes());
-      for (int64_t start = own_; start < heads; start += wave_) {
+      for (int64_t start = own_; start < all_pieces(); start += wave_) {
         char* const buffer = scratch + (start - own_) / wave_ % 2 * wave_ * sizes_.bytes();
-        const int64_t count = least(wave_, heads - start);
+        const int64_t count = least(wave_, all_pieces() - start);
         // Nobody waits at the end of a wave: whoever is done packs the next one into the other buffer. All have left a
         // buffer when it is packed again, because all have packed the wave between.
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < count * blocks; ++task)
-          pack(start + task / blocks, packed(buffer, task / blocks), first_block + task % blocks);
-        if (start == own_ && own_ > 0) {
+        for (int64_t task = 0; task < count * sizes_.key_blocks; ++task)
+          pack(piece(start + task / sizes_.key_blocks), buffer + task / sizes_.key_blocks * sizes_.bytes(),
+               task % sizes_.key_blocks);
+        if (start == own_) {
 #pragma omp for schedule(dynamic, 1) nowait
-          for (int64_t head = 0; head < own_; ++head) {
-            for (int64_t i = 0; i < blocks; ++i) pack(head, work.own, first_block + i);
-            for (int64_t task = 0; task < ratio_ * query_blocks_; ++task) block(work, work.own, head, task);
+          for (int64_t number = 0; number < own_; ++number) {
+            for (int64_t i = 0; i < sizes_.key_blocks; ++i) pack(piece(number), work.own, i);
+            for (int64_t task = 0; task < tasks; ++task) block(work, work.own, piece(number), task, 1);
           }
         }
-        // Longest rows first: what is left at the end is short.
-        const int64_t tasks = count * ratio_ * query_blocks_;
+        // What is left is shared out in blocks, longest rows first: what is left at the end is short.
 #pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t task = 0; task < tasks; ++task) {
-          const int64_t slot = task / (ratio_ * query_blocks_);
-          block(work, packed(buffer, slot), start + slot, task % (ratio_ * query_blocks_));
-        }
+        for (int64_t task = 0; task < count * tasks; ++task)
+          block(work, buffer + task / tasks * sizes_.bytes(), piece(start + task / tasks), task % tasks, threads_);
       }
     }
   }
@@ -82,7 +80,7 @@ class Prefill {
     float* totals;     // 48 rows of one vector
     float* tops;       // 48, see Prefill::raise_tops
     float* peaks;      // 6 rows of one vector: maxima of the tile's scores
-    Packed<Math> own;  // a KV head that no other thread works on
+    char* own;         // a packed piece that no other thread works on
     Work(const Prefill& p, char* memory)
         : queries(reinterpret_cast<Element*>(memory)),
           scores(reinterpret_cast<float*>(queries + kBlockQueries * p.query_steps_)),
@@ -91,7 +89,7 @@ class Prefill {
           totals(sums + kBlockQueries * p.value_columns_),
           tops(totals + kBlockQueries * kWidth),
           peaks(tops + kBlockQueries),
-          own(memory + p.own_at(), p.sizes_) {}
+          own(memory + p.own_at()) {}
   };
 
   // Up to four key blocks. Column c of block i is 64 i + c.
@@ -99,6 +97,11 @@ class Prefill {
     int blocks = 0;
     int64_t block[kTileBlocks];
     const int64_t* words[kTileBlocks];
+  };
+
+  // A packed piece, whose first block is key block `first`.
+  struct Pack : Packed<Math> {
+    int64_t first;
   };
 
   // What six rows see of a tile: of each block the columns that some row sees, and spans of neighbouring keys among them:
@@ -120,42 +123,70 @@ class Prefill {
     ATTNKIT_INLINE int64_t last(int group) const { return first + least<int64_t>(count, (group + 1) * kRows) - 1; }
   };
 
-  static bool spans_one_tile(const attnkit_softmax& s) {
-    constexpr int64_t kMost = (kTileBlocks - 1) * kBlockKeys + 1 - kBlockQueries;  // wherever in a block they begin
-    return s.left <= kMost && s.right <= kMost && s.left + s.right <= kMost;
+  // Blocks of queries of one KV head, and the key blocks they see.
+  struct Piece {
+    int64_t head, first, count, key_block, key_blocks;
+  };
+
+  // How far apart the keys of one query can be, and not more than all.
+  int64_t reach() const {
+    const int64_t most_left = clamp<int64_t>(s_.left, 0, s_.n + s_.m), most_right = clamp<int64_t>(s_.right, 0, s_.n + s_.m);
+    return least(most_left + most_right, s_.n);
   }
-  int64_t buffers() const { return wave_ < s_.b * s_.g - own_ ? 2 : 1; }
+  // A head that is too large is cut where the interval is so short that few keys are packed twice.
+  int64_t piece_blocks() const {
+    const int64_t most_keys = (kOwnBytes / PackedSizes<Math>(s_, 1).bytes() - 1) * kBlockKeys;
+    const int64_t blocks = (most_keys - reach()) / kBlockQueries;
+    if (blocks * kBlockQueries < reach() || blocks < 1) return query_blocks_;
+    return s_.b * s_.g * (query_blocks_ / blocks) < 2 * threads_ ? query_blocks_ : least(blocks, query_blocks_);
+  }
+  int64_t all_pieces() const { return s_.b * s_.g * pieces_; }
+  Piece piece(int64_t number) const {
+    const int64_t first = number % pieces_ * piece_blocks_, count = least(piece_blocks_, query_blocks_ - first);
+    const Range keys = {visible_range(s_, first * kBlockQueries).begin,
+                        visible_range(s_, least((first + count) * kBlockQueries, s_.m) - 1).end};
+    const int64_t key_block = keys.begin / kBlockKeys;
+    return {number / pieces_, first, count, key_block, keys.empty() ? 0 : ceil_div(keys.end, kBlockKeys) - key_block};
+  }
+  // Of the largest piece, or a few more.
+  int64_t key_blocks() const {
+    return pieces_ == 1 ? piece(0).key_blocks : ceil_div(piece_blocks_ * kBlockQueries + reach(), kBlockKeys) + 1;
+  }
+  bool spans_one_tile() const {
+    return reach() <= (kTileBlocks - 1) * kBlockKeys + 1 - kBlockQueries;  // wherever in a block they begin
+  }
+  int64_t buffers() const { return wave_ < all_pieces() - own_ ? 2 : 1; }
   int64_t own_at() const {
     const int64_t row = query_steps_ + value_columns_ + kWidth + 1;
     return round_up(4 * (kBlockQueries * row + kRows * (kTileKeys + kWeightStep + kWidth)), 64);
   }
   int64_t work_bytes() const { return own_at() + (own_ > 0 ? sizes_.bytes() : 0); }
-  int64_t thread_count() const {
-    return useful_threads(s_, s_.b * s_.g * ratio_ * query_blocks_);
-  }
-  Packed<Math> packed(char* scratch, int64_t slot) const {
-    return Packed<Math>(scratch + slot * sizes_.bytes(), sizes_);
+
+  // Key block `i` of a piece; the blocks of a packed piece are counted from its first.
+  void pack(const Piece& piece, char* memory, int64_t i) const {
+    if (i >= piece.key_blocks) return;
+    const Packed<Math> to(memory, sizes_);
+    const int64_t batch = piece.head / s_.g, group = piece.head % s_.g, key = piece.key_block * kBlockKeys;
+    const T* keys = static_cast<const T*>(s_.k) + batch * s_.k_b + group * s_.k_g + key * s_.k_n;
+    const T* values = static_cast<const T*>(s_.v) + batch * s_.v_b + group * s_.v_g + key * s_.v_n;
+    const attnkit_softmax rest = packing_call(s_, s_.n - key, s_.k_n, s_.e, s_.v_n);
+    pack_key_block<Math>(rest, keys, sizes_, i, to.keys);
+    to.odd_values[i] = pack_value_block<Math>(rest, values, sizes_, i, to.values);
   }
 
-  void pack(int64_t head, Packed<Math> to, int64_t key_block) const {
-    const int64_t batch = head / s_.g, group = head % s_.g;
-    const T* keys = static_cast<const T*>(s_.k) + batch * s_.k_b + group * s_.k_g;
-    const T* values = static_cast<const T*>(s_.v) + batch * s_.v_b + group * s_.v_g;
-    pack_key_block<Math>(s_, keys, sizes_, key_block, to.keys);
-    to.odd_values[key_block] = pack_value_block<Math>(s_, values, sizes_, key_block, to.values);
-  }
-
-  // One block of queries of the heads that share a KV head, those with the most keys first.
-  void block(const Work& w, const Packed<Math>& kv, int64_t kv_head, int64_t task) const {
-    const int64_t batch = kv_head / s_.g, head = kv_head % s_.g * ratio_ + task / query_blocks_;
-    const int64_t query_block = query_blocks_ - 1 - task % query_blocks_;
+  // One block of queries of the heads that share a KV head, those with the most keys first. `next` blocks on is what this
+  // thread most likely works on after it.
+  void block(const Work& w, char* memory, const Piece& piece, int64_t task, int64_t next) const {
+    if (task % piece_blocks_ >= piece.count) return;
+    const Pack kv = {Packed<Math>(memory, sizes_), piece.key_block};
+    const int64_t batch = piece.head / s_.g, head = piece.head % s_.g * ratio_ + task / piece_blocks_;
+    const int64_t query_block = piece.first + piece.count - 1 - task % piece_blocks_;
     const int64_t first = query_block * kBlockQueries;
     const Queries queries = {batch, head, first, least(kBlockQueries, s_.m - first)};
     const T* q = static_cast<const T*>(s_.q) + batch * s_.q_b + head * s_.q_h + first * s_.q_m;
     pack_queries<Math>(s_, q, queries.count, queries.groups() * kRows, query_steps_, w.queries);
-    // The block this thread most likely takes next.
-    if (query_block >= threads_)
-      for (int64_t i = 0; i < kBlockQueries; ++i) prefetch_row(q + (i - threads_ * kBlockQueries) * s_.q_m, s_.d);
+    if (query_block >= next)
+      for (int64_t i = 0; i < kBlockQueries; ++i) prefetch_row(q + (i - next * kBlockQueries) * s_.q_m, s_.d);
     for (int64_t i = 0; i < queries.groups() * kRows * value_columns_; ++i) w.sums[i] = 0.0f;
     for (int64_t i = 0; i < kBlockQueries * kWidth; ++i) w.totals[i] = 0.0f;
     for (int64_t i = 0; i < kBlockQueries; ++i) w.tops[i] = i < queries.count ? -kInfinity : 0.0f;
@@ -220,7 +251,7 @@ class Prefill {
   }
 
   // Six rows of the tile: logits, mask, weights, sum over values.
-  void attend(const Work& w, const Packed<Math>& kv, const Queries& queries, const Tile& tile, int group) const {
+  void attend(const Work& w, const Pack& kv, const Queries& queries, const Tile& tile, int group) const {
     const View seen = view(queries, tile, group);
     if (seen.spans == 0) return;
     score(w, kv, group, seen);
@@ -230,7 +261,7 @@ class Prefill {
     weigh(w, group, seen);
     bool careful = false;
     for (int i = 0; i < tile.blocks; ++i)
-      careful = careful || (kv.odd_values[tile.block[i]] && !seen.columns[i].empty() && (s_.bias || seen.partial[i]));
+      careful = careful || (kv.odd_values[tile.block[i] - kv.first] && !seen.columns[i].empty() && (s_.bias || seen.partial[i]));
     if (careful) {
       add_visible_values(w, kv, queries, group, seen);
     } else {
@@ -239,19 +270,21 @@ class Prefill {
   }
 
   // Products of queries and keys, strip by strip, and the rows' maxima over blocks that all of them see.
-  void score(const Work& w, const Packed<Math>& kv, int group, const View& seen) const {
+  void score(const Work& w, const Pack& kv, int group, const View& seen) const {
     alignas(64) float unused[kRows * kWidth];
     for (int i = 0; i < kRows; ++i) {
       store(w.peaks + i * kWidth, splat(-kInfinity));
       store(unused + i * kWidth, splat(-kInfinity));
     }
     for (int span = 0; span < seen.spans; ++span) {
-      const Range r = whole_vectors(seen.span[span]);
+      // Vectors of weights may be longer: the rest of those is hidden.
+      const Range r = {seen.span[span].begin / kWidth * kWidth, round_up(seen.span[span].end, kWidth)};
+      const int64_t shift = seen.shift[span] - kv.first * kBlockKeys;
       for (int64_t c = r.begin; c < r.end;) {
         const int64_t strip = c / kStrip * kStrip, stop = least(r.end, strip + kStrip);
         with_vectors((stop - c) / kWidth, [&](auto vectors) {
           product_and_peaks<Math, vectors.count>(w.queries + group * kRows * query_steps_, query_steps_,
-                                                 kv.keys + (seen.shift[span] + strip) * sizes_.key_steps + c - strip,
+                                                 kv.keys + (shift + strip) * sizes_.key_steps + c - strip,
                                                  sizes_.key_steps, w.scores + c, kTileKeys,
                                                  seen.partial[c / kBlockKeys] ? unused : w.peaks);
         });
@@ -351,12 +384,12 @@ class Prefill {
     }
   }
 
-  void add_values(const Work& w, const Packed<Math>& kv, int group, const View& seen) const {
+  void add_values(const Work& w, const Pack& kv, int group, const View& seen) const {
     float* sums = w.sums + group * kRows * value_columns_;
     for (int span = 0; span < seen.spans; ++span) {
       const int64_t begin = seen.span[span].begin / Math::kNumbers;
       const int64_t steps = ceil_div(seen.span[span].end, Math::kNumbers) - begin;
-      const int64_t step = seen.shift[span] / Math::kNumbers + begin;
+      const int64_t step = (seen.shift[span] - kv.first * kBlockKeys) / Math::kNumbers + begin;
       for (int64_t vector = 0; vector < sizes_.value_vectors; vector += kStripVectors) {
         const int64_t vectors = least<int64_t>(kStripVectors, sizes_.value_vectors - vector);
         with_vectors(vectors, [&](auto strip) {
@@ -369,7 +402,7 @@ class Prefill {
   }
 
   // The same for rows that must not touch some values of the tile, a NaN or an infinity: 0 times those is a NaN.
-  void add_visible_values(const Work& w, const Packed<Math>& kv, const Queries& queries, int group,
+  void add_visible_values(const Work& w, const Pack& kv, const Queries& queries, int group,
                           const View& seen) const {
     for (int64_t i = queries.begin(group); i <= queries.last(group); ++i) {
       const int64_t row = i - queries.first;
@@ -377,7 +410,7 @@ class Prefill {
       for (int span = 0; span < seen.spans; ++span) {
         for (int64_t c = seen.span[span].begin; c < seen.span[span].end; ++c) {
           if (w.scores[row % kRows * kTileKeys + c] == -kInfinity) continue;
-          const int64_t key = seen.shift[span] + c;
+          const int64_t key = seen.shift[span] - kv.first * kBlockKeys + c;
           const Vec weight = splat(Math::weight(weights, c));
           for (int64_t vector = 0; vector < sizes_.value_vectors; ++vector) {
             const int64_t strip = vector / kStripVectors * kStripVectors;
@@ -405,14 +438,16 @@ class Prefill {
   }
 
   const attnkit_softmax& s_;
-  const PackedSizes<Math> sizes_;
   const Logits logits_;
   const int64_t ratio_;          // query heads of one KV head
   const int64_t query_blocks_;
-  const int64_t query_steps_;    // of one packed query, whole vectors
-  const int64_t value_columns_;  // of one row of sums, whole vectors
   const bool narrow_;            // the keys of a block of queries always fit into one tile
   const int64_t threads_;
-  const int64_t own_;            // KV heads that one thread each packs and works on
+  const int64_t piece_blocks_;   // blocks of queries of one piece
+  const int64_t pieces_;         // of one KV head
+  const PackedSizes<Math> sizes_;  // of one piece
+  const int64_t query_steps_;    // of one packed query, whole vectors
+  const int64_t value_columns_;  // of one row of sums, whole vectors
+  const int64_t own_;            // pieces that one thread each packs and works on
   const int64_t wave_;           // of the others, packed at a time
 };
