@@ -57,6 +57,8 @@ typedef struct attnkit_selected {
   const void* v;         /* (b, g, n, e) */
   void* o;               /* (b, h, m, e) */
   const int32_t* chosen; /* (b, lists, m, s) contiguous: numbers of other blocks; what is no block stands for none */
+  float* lse;            /* (b, h, m) contiguous, or null */
+  float* lse_rest;       /* the same: what float32 drops of lse, for gradients */
   int64_t b, h, g, lists, m, n, d, e, s;
   int64_t q_b, q_h, q_m;
   int64_t k_b, k_g, k_n;

@@ -38,27 +38,39 @@ class Best {
       ranks_[count_] = rank(scores[at]);
       keys_[count_++] = static_cast<int32_t>(key + at);
     }
+    settle();
+  }
+#if defined(__AVX512F__)
+  // A vector of scores of keys in ascending order, as far as their bit is set.
+  ATTNKIT_INLINE void add(Vec scores, __m512i keys, uint64_t some) {
+    const __m512i bits = _mm512_castps_si512(scores + zero());
+    const __m512i flip = _mm512_or_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(INT32_MIN));
+    const __m512i all = _mm512_set1_epi32(-1);
+    const __m512i ranks = _mm512_mask_mov_epi32(_mm512_xor_si512(bits, flip), _mm512_cmpunord_ps_mask(scores, scores), all);
+    put(ranks, keys, static_cast<__mmask16>(bits_above(scores, limit_) & some));
+    settle();
+  }
+#endif
+  ATTNKIT_INLINE void settle() {
     if (count_ > 2 * most_) keep(most_);
   }
 
   // Leaves the best `wanted`, ascending by key, and returns how many there are.
   int64_t keep(int64_t wanted) {
     if (count_ <= wanted) return count_;
-    uint32_t least = 0;
-    for (int bit = 31; bit >= 0; --bit) {
+    uint32_t low = ranks_[0], high = ranks_[0];
+    for (int64_t i = 0; i < count_; ++i) {
+      low = ranks_[i] < low ? ranks_[i] : low;
+      high = ranks_[i] > high ? ranks_[i] : high;
+    }
+    // The bits that all have in common are known.
+    int bit = low == high ? -1 : 31 - __builtin_clz(low ^ high);
+    uint32_t least = static_cast<uint32_t>(static_cast<uint64_t>(low) >> (bit + 1) << (bit + 1));
+    for (; bit >= 0; --bit) {
       const uint32_t higher = least | uint32_t{1} << bit;
       if (reach(higher) >= wanted) least = higher;
     }
-    int64_t equals = wanted - (least == ~uint32_t{0} ? 0 : reach(least + 1)), to = 0;
-    for (int64_t i = 0; i < count_; ++i) {
-      const bool equal = ranks_[i] == least && equals > 0;
-      const bool stays = ranks_[i] > least || equal;
-      equals -= equal;
-      ranks_[to] = ranks_[i];
-      keys_[to] = keys_[i];
-      to += stays;
-    }
-    count_ = to;
+    squeeze(least, wanted - (least == ~uint32_t{0} ? 0 : reach(least + 1)));
     limit_ = score_of(least);
     return count_;
   }
@@ -73,7 +85,8 @@ class Best {
   float score(int64_t i) const { return score_of(ranks_[i]); }
 
  private:
-  static int64_t room(int64_t most) { return round_up(2 * most + kBlockKeys, 16); }
+  // A vector may be read and written behind the last candidate.
+  static int64_t room(int64_t most) { return round_up(2 * most + kBlockKeys + kWidth, 16); }
 
   // Unsigned numbers in the order of scores; -0 is 0.
   static ATTNKIT_INLINE uint32_t rank(float score) {
@@ -90,12 +103,56 @@ class Best {
     return score;
   }
 
-  // How many candidates rank at least so high.
+  // How many candidates rank at least so high; and those above `least` stay, of its equals the first few. The vectors of
+  // AVX-512 have instructions for both. (Its stores that leave lanes out are slow on a Zen 4: whole ones overlap instead.)
+#if defined(__AVX512F__)
+  int64_t reach(uint32_t least) const {
+    const __m512i from = _mm512_set1_epi32(static_cast<int>(least));
+    int64_t found = 0, i = 0;
+    for (; i + kWidth <= count_; i += kWidth)
+      found += __builtin_popcount(_mm512_cmpge_epu32_mask(_mm512_loadu_si512(ranks_ + i), from));
+    return found + __builtin_popcount(_mm512_mask_cmpge_epu32_mask(left(i), _mm512_loadu_si512(ranks_ + i), from));
+  }
+  void squeeze(uint32_t least, int64_t equals) {
+    const __m512i from = _mm512_set1_epi32(static_cast<int>(least));
+    const int64_t count = count_;
+    count_ = 0;
+    for (int64_t i = 0; i < count; i += kWidth) {
+      const __mmask16 some = count - i < kWidth ? first(static_cast<int>(count - i)) : __mmask16(0xffff);
+      const __m512i ranks = _mm512_loadu_si512(ranks_ + i);
+      uint32_t stay = _mm512_mask_cmpgt_epu32_mask(some, ranks, from);
+      for (uint32_t same = _mm512_mask_cmpeq_epi32_mask(some, ranks, from); same != 0 && equals > 0; same &= same - 1) {
+        stay |= same & -same;
+        --equals;
+      }
+      put(ranks, _mm512_loadu_si512(keys_ + i), static_cast<__mmask16>(stay));
+    }
+  }
+  ATTNKIT_INLINE void put(__m512i ranks, __m512i keys, __mmask16 some) {
+    _mm512_storeu_si512(ranks_ + count_, _mm512_maskz_compress_epi32(some, ranks));
+    _mm512_storeu_si512(keys_ + count_, _mm512_maskz_compress_epi32(some, keys));
+    count_ += __builtin_popcount(some);
+  }
+  __mmask16 left(int64_t from) const { return first(static_cast<int>(count_ - from)); }
+#else
   int64_t reach(uint32_t least) const {
     int32_t found = 0;
     for (int64_t i = 0; i < count_; ++i) found += ranks_[i] >= least;
     return found;
   }
+  void squeeze(uint32_t least, int64_t equals) {
+    int64_t to = 0;
+    for (int64_t i = 0; i < count_; ++i) {
+      const bool equal = ranks_[i] == least && equals > 0;
+      const bool stays = ranks_[i] > least || equal;
+      equals -= equal;
+      ranks_[to] = ranks_[i];
+      keys_[to] = keys_[i];
+      to += stays;
+    }
+    count_ = to;
+  }
+#endif
 
   uint32_t* ranks_;
   int32_t* keys_;

@@ -21,7 +21,7 @@ class Selected {
  public:
   explicit Selected(const attnkit_selected& call)
       : s_(call),
-        kv_(packing_call(call, call.n, call.k_n, call.e, call.v_n)),
+        kv_(with_lse(packing_call(call, call.n, call.k_n, call.e, call.v_n), call)),
         sizes_(kv_),
         exponent_(call.scale * kLog2E),
         heads_(call.h / call.lists),
@@ -79,6 +79,10 @@ class Selected {
           entries(start + p.blocks_ + 2) {}
   };
 
+  static attnkit_softmax with_lse(attnkit_softmax kv, const attnkit_selected& call) {
+    kv.lse = call.lse, kv.lse_rest = call.lse_rest;
+    return kv;
+  }
   int64_t rows() const { return span_ * heads_; }
   int64_t work_bytes() const {
     return round_up(4 * (rows() * (query_steps_ + value_columns_ + kWidth) + round_up(rows(), kWidth) +
@@ -297,8 +301,10 @@ class Selected {
   void finish(const Work& w, const Span& span, int64_t batch, int64_t list) const {
     for (int64_t row = 0; row < span.count * heads_; ++row) {
       const int64_t head = list * heads_ + row % heads_;
-      T* o = static_cast<T*>(s_.o) + batch * s_.o_b + head * s_.o_h + (span.first + row / heads_) * s_.o_m;
+      const int64_t query = span.first + row / heads_;
+      T* o = static_cast<T*>(s_.o) + batch * s_.o_b + head * s_.o_h + query * s_.o_m;
       const RowEnd end(w.tops[row], sum(load(w.totals + row * kWidth)), nullptr);
+      end.keep(kv_, (batch * s_.h + head) * s_.m + query);
       const float* sums = w.sums + row * value_columns_;
       for (int64_t c = 0; c < s_.e; c += kWidth)
         store_some(o + c, load(sums + c) * splat(end.factor), least<int64_t>(kWidth, s_.e - c));

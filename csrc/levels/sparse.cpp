@@ -18,6 +18,7 @@ namespace {
 #include "../kernels/best.h"
 #include "../kernels/gates.h"
 #include "../kernels/indexer.h"
+#include "../kernels/bounds.h"
 #include "../kernels/topk.h"
 // clang-format on
 

@@ -12,7 +12,7 @@ import attnkit
 from attnkit import native
 from attnkit.mechanisms.dsa import cpu as dsa
 from attnkit.mechanisms.dsa import dsa_attention
-from attnkit.mechanisms.moba import moba_attention, selected_attention
+from attnkit.mechanisms.moba import listed, moba_attention, selected_attention
 from attnkit.mechanisms.nsa import nsa_attention
 from attnkit.mechanisms.topk import topk_attention
 from attnkit.registry import get
@@ -45,6 +45,25 @@ def test_levels_agree_with_the_reference(level: str, name: str) -> None:
         assert_within(got, gold, naive, torch.float32)
 
 
+def chosen_of(n: int, m: int, block: int, most: int, lists: int = 2, causal: bool = True) -> torch.Tensor:
+    """Lists of different blocks, of different lengths."""
+    own = torch.arange(n - m, n)[:, None] // block
+    ranked = torch.rand(1, lists, m, -(-n // block), generator=torch.Generator().manual_seed(3))
+    number = torch.arange(ranked.shape[3])
+    ranked.masked_fill_((number >= own) if causal else (number == own), -1.0)
+    found = ranked.topk(min(most, ranked.shape[3]))
+    return found.indices.masked_fill(found.values < 0.1, -1)
+
+
+def seen_through(chosen: torch.Tensor, n: int, block: int, heads: int, causal: bool = True) -> torch.Tensor:
+    """The same as a dense mask ``(1, h, m, n)``."""
+    m, count = chosen.shape[2], -(-n // block)
+    seen = torch.zeros(*chosen.shape[:3], count + 1, dtype=torch.bool).scatter(3, chosen % (count + 1), True)
+    tokens, positions = torch.arange(n), torch.arange(n - m, n)[:, None]
+    here = (tokens // block == positions // block) & ((tokens <= positions) | (not causal))
+    return (seen[..., :-1][..., tokens // block] | here).repeat_interleave(heads // chosen.shape[1], 1)
+
+
 @pytest.mark.parametrize("level", native.STATUS.levels)
 @pytest.mark.parametrize("block", [5, 64, 100])
 @pytest.mark.parametrize(("d", "e"), [(64, 64), (59, 111)])
@@ -52,20 +71,74 @@ def test_chosen_blocks_of_any_size(level: str, block: int, d: int, e: int) -> No
     """Blocks that begin and end within a panel of keys, more queries than one span, lists with gaps."""
     n, m = 401, 390
     q, k, v = numbers(1, 6, m, d), numbers(1, 2, n, d, seed=1), numbers(1, 2, n, e, seed=2)
-    own = torch.arange(n - m, n)[:, None] // block
-    ranked = torch.rand(1, 2, m, -(-n // block), generator=torch.Generator().manual_seed(3))
-    found = ranked.masked_fill(torch.arange(ranked.shape[3]) >= own, -1.0).topk(min(3, ranked.shape[3]))
-    chosen = found.indices.masked_fill(found.values < 0, -1)
-    seen = torch.zeros(1, 2, m, ranked.shape[3] + 1, dtype=torch.bool).scatter(3, chosen % (ranked.shape[3] + 1), True)
-    tokens, positions = torch.arange(n), torch.arange(n - m, n)[:, None]
-    here = (tokens // block == own) & (tokens <= positions)
-    mask = (seen[..., :-1][..., tokens // block] | here).repeat_interleave(3, 1)
+    chosen = chosen_of(n, m, block, 3)
+    mask = seen_through(chosen, n, block, 6)
     wide = tuple(x.double() for x in (q, k, v))
     gold = attnkit.softmax_attention(*wide, mask=mask, backend="reference")
     naive = attnkit.softmax_attention(q, k, v, mask=mask, backend="reference")
     with native.use_level(level):
         got = selected_attention(q, k, v, chosen, block=block)
     assert_within(got, gold, naive, torch.float32)
+
+
+def slopes_of(o: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(o, leaves, numbers(*o.shape, seed=11).to(o.dtype))
+
+
+@pytest.mark.parametrize("level", native.STATUS.levels)
+@pytest.mark.parametrize(("block", "causal"), [(5, True), (64, True), (100, True), (100, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_chosen_blocks(
+    level: str, block: int, causal: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that begin and end within a tile of keys, tiles of rows of more than one span, lists with gaps."""
+    monkeypatch.setattr(listed, "NUMBERS", 1 << 18)
+    n, m = 301, 290
+    given = [numbers(1, h, t, 24, seed=h).to(dtype) for h, t in ((4, m), (2, n), (1, n))]
+    given[2] = given[2].expand(1, 2, n, 24) + numbers(1, 2, n, 24).to(dtype)
+    chosen = chosen_of(n, m, block, 3, causal=causal)
+    mask = seen_through(chosen, n, block, 4, causal)
+    found = []
+    for kind in (torch.float64, dtype):
+        leaves = [x.to(kind).requires_grad_() for x in given]
+        found.append(slopes_of(attnkit.softmax_attention(*leaves, mask=mask, backend="reference"), leaves))
+    leaves = [x.clone().requires_grad_() for x in given]
+    with native.use_level(level):
+        got = slopes_of(selected_attention(*leaves, chosen, block=block, causal=causal), leaves)
+    for slope, gold, naive in zip(got, *found, strict=True):
+        assert_within(slope, gold, naive, dtype, gradient=True)
+
+
+@pytest.mark.parametrize("level", native.STATUS.levels)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_of_gradients_depend_on_neither_threads_nor_batch(level: str, dtype: torch.dtype, threads: Any) -> None:
+    given = [numbers(2, h, 260, 40, seed=h).to(dtype) for h in (4, 2, 2)]
+
+    def slopes(batch: slice) -> tuple[torch.Tensor, ...]:
+        leaves = [x[batch].clone().requires_grad_() for x in given]
+        return slopes_of(moba_attention(*leaves, block=32, top=3, backend="cpu"), leaves)
+
+    with native.use_level(level):
+        threads(1)
+        one = slopes(slice(0, 1))
+        threads(2)
+        assert all(torch.equal(x, y[:1]) for x, y in zip(one, slopes(slice(None)), strict=True))
+
+
+@pytest.mark.parametrize("level", native.STATUS.levels)
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_a_key_that_nobody_chose_does_not_leak_into_gradients(level: str, odd: float) -> None:
+    """Key 70 shares a tile with keys that are seen."""
+    given = [numbers(1, 2, t, 16, seed=t) for t in (100, 300, 300)]
+    chosen, found = chosen_of(300, 100, 50, 4), []
+    chosen = chosen.masked_fill(chosen == 1, -1)
+    for value in (1.0, odd):
+        given[1][:, :, 70], given[2][:, :, 70] = value, value
+        leaves = [x.clone().requires_grad_() for x in given]
+        with native.use_level(level):
+            found.append(slopes_of(selected_attention(*leaves, chosen, block=50), leaves))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+    assert not any(x[:, :, 50:100].any() for x in found[1][1:])
 
 
 def runs(dtype: torch.dtype, batch: slice) -> dict[str, Callable[[], torch.Tensor]]:
@@ -134,7 +207,16 @@ def test_the_indexer_chooses_as_a_stable_sort(level: str, dtype: torch.dtype, m:
 
 
 @pytest.mark.parametrize("level", native.STATUS.levels)
-@pytest.mark.parametrize("few", [{"top": 1}, {"top": 70}, {"density": 0.3}])
+def test_of_keys_that_are_all_alike_the_first_are_chosen(level: str) -> None:
+    index_q, index_w = numbers(1, 4, 1000, 8), numbers(1, 4, 1000)
+    with native.use_level(level):
+        found = dsa.choose(index_q, torch.zeros(1, 1, 1000, 8), index_w, 1000, 70).long()
+    expected = torch.arange(70).where(torch.arange(70) <= torch.arange(1000)[:, None], -1)
+    assert torch.equal(found[0], expected)
+
+
+@pytest.mark.parametrize("level", native.STATUS.levels)
+@pytest.mark.parametrize("few", [{"top": 1}, {"top": 4}, {"top": 70}, {"density": 0.3}])
 @pytest.mark.parametrize("shown", [attnkit.causal(), attnkit.causal() & ~attnkit.window(90), None], ids=str)
 def test_ties_are_settled_as_by_a_stable_sort(level: str, few: dict[str, Any], shown: attnkit.Mask | None) -> None:
     """Whole numbers again, most scores being one of a few; values are sharp enough to tell who was kept."""
@@ -144,6 +226,37 @@ def test_ties_are_settled_as_by_a_stable_sort(level: str, few: dict[str, Any], s
     gold = topk_attention(q.double(), k.double(), v.double(), **few, mask=shown, backend="reference")
     naive = topk_attention(q, k, v, **few, mask=shown, backend="reference")
     assert_within(found, gold, naive, torch.float32)
+
+
+KEYS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "plain": lambda k: k,
+    "of all sizes": lambda k: k * torch.logspace(-6, 6, k.shape[2])[torch.randperm(k.shape[2])][:, None],
+    "one channel far above the rest": lambda k: torch.cat([k[..., :-1], 1000 * k[..., -1:]], -1),
+    "tiny": lambda k: k * 2.0**-60,
+    "huge": lambda k: k * 2.0**90,
+    "mostly nothing": lambda k: k * (torch.arange(k.shape[2]) % 7 == 3)[:, None],
+    "all alike": lambda k: k[:, :, :1].expand_as(k).contiguous(),
+}
+
+
+@pytest.mark.parametrize("level", native.STATUS.levels[-1:])
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [0.1, -0.1, 0.0])
+@pytest.mark.parametrize("kind", KEYS)
+def test_bounds_leave_out_nothing_that_is_kept(level: str, dtype: torch.dtype, scale: float, kind: str) -> None:
+    """Few keys of many, which byte products look for: the same keys as when all are scored, and the same result.
+
+    Values tell which keys were kept.
+    """
+    q, k = numbers(1, 2, 60, 45).to(dtype), numbers(1, 1, 900, 45, seed=1)
+    k = KEYS[kind](k).clamp(-6e4, 6e4).to(dtype) if dtype == torch.float16 else KEYS[kind](k).to(dtype)
+    v = torch.nn.functional.one_hot(torch.arange(900) % 450).to(dtype).view(1, 1, 900, 450)
+    with native.use_level(level):
+        few = topk_attention(q, k, v, top=4, scale=scale, mask=attnkit.causal(), backend="cpu")
+    wide = (x.double() for x in (q, k, v))
+    gold = topk_attention(*wide, top=4, scale=scale, mask=attnkit.causal(), backend="reference")
+    naive = topk_attention(q, k, v, top=4, scale=scale, mask=attnkit.causal(), backend="reference")
+    assert_within(few, gold, naive, dtype)
 
 
 @pytest.mark.parametrize("level", native.STATUS.levels)
@@ -190,7 +303,7 @@ def test_what_was_not_chosen_does_not_leak(
 def test_what_cannot_run_is_refused_with_its_value() -> None:
     q = numbers(1, 1, 100, 16)
     with pytest.raises(NotImplementedError, match="gradients are wanted for q"):
-        moba_attention(q.clone().requires_grad_(), q, q, block=8, top=2, backend="cpu")
+        topk_attention(q.clone().requires_grad_(), q, q, top=2, backend="cpu")
     with pytest.raises(NotImplementedError, match=r"scale is -1\.0"):
         moba_attention(q, q, q, block=8, top=2, scale=-1.0, backend="cpu")
 

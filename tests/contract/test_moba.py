@@ -132,7 +132,7 @@ def test_long_input_builds_no_square(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selected, "_tiled", lambda *of: slots.append(tiled(*of).pairs.numel()) or tiled(*of))
     monkeypatch.setattr(selected, "SPAN", 2 * 3 * 4 * 512)
     inputs = {name: sampled(2048, b=1, h=2)[name].float().requires_grad_() for name in "qkv"}
-    moba_attention(**inputs, block=32, top=4).sum().backward()
+    moba_attention(**inputs, block=32, top=4, backend="chunk").sum().backward()
     assert selected.PIECE / 2 < max(seen) <= selected.PIECE
     assert len(slots) == 2 * 2 * 4, "four spans of 512 queries, in the backward as well"
     assert max(slots) <= 3 * (2 * 3 * 512), "tiles are of twice the average"

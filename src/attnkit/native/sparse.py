@@ -15,7 +15,7 @@ STRUCTS: dict[str, tuple[tuple[str, type], ...]] = {
         *((name, c_int64) for name in ("entries", "room", "slots")),
     ),
     "selected": (
-        *((name, c_void_p) for name in ("q", "k", "v", "o", "chosen")),
+        *((name, c_void_p) for name in ("q", "k", "v", "o", "chosen", "lse", "lse_rest")),
         *((name, c_int64) for name in ("b", "h", "g", "lists", "m", "n", "d", "e", "s")),
         *((name, c_int64) for name in ("q_b", "q_h", "q_m", "k_b", "k_g", "k_n", "v_b", "v_g", "v_n")),
         *((name, c_int64) for name in ("o_b", "o_h", "o_m", "block", "threads")),

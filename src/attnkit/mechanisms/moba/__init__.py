@@ -245,7 +245,7 @@ SPEC = Mechanism(
     sample=sample,
     reference=reference,
     backends=(
-        Backend("cpu", _cpu, rejects=cpu.rejects, grad=False),
+        Backend("cpu", _cpu, cpu.rejects, cpu.declines),
         Backend("chunk", _chunk, finite_only=True),
         Backend("reference", _reference),
     ),

@@ -1,6 +1,8 @@
-"""The native kernel, forward only: queries that chose a block share its packed keys, no partial result is stored."""
+"""The native kernel: queries that chose a block share its packed keys, no partial result is stored."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,13 +10,24 @@ from torch import Tensor
 from attnkit import native
 from attnkit.masks import causal
 from attnkit.mechanisms.moba.gates import block_means
+from attnkit.mechanisms.moba.listed import gradients
 from attnkit.mechanisms.softmax import softmax_attention
 from attnkit.native.softmax import MOST_SIZE
 from attnkit.spec import Call
 
+FEWEST_KEYS = 32
+"""Gradients of smaller blocks are left to the chunk backend: a tile of 64 keys is then mostly hidden."""
+
 
 def rejects(call: Call) -> tuple[str, ...]:
     return refuses(call["q"], call["k"], call["v"], call["scale"])
+
+
+def declines(call: Call) -> tuple[str, ...]:
+    wanted = torch.is_grad_enabled() and any(call[name].requires_grad for name in "qkv")
+    if wanted and call["block"] < FEWEST_KEYS:
+        return (f"block is {call['block']}, gradients of chosen blocks pay from {FEWEST_KEYS} keys on",)
+    return ()
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[str, ...]:
@@ -33,10 +46,6 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[str, ...]:
             reasons.append(f"{name} size is {size}, the native kernel takes 1 to {MOST_SIZE}")
     if not scale > 0:
         reasons.append(f"scale is {scale}, the native kernel takes one above 0")
-    if torch.is_grad_enabled():
-        wanted = [name for name, x in (("q", q), ("k", k), ("v", v)) if x.requires_grad]
-        if wanted:
-            reasons.append(f"gradients are wanted for {', '.join(wanted)}, the native kernel is forward only")
     return tuple(reasons)
 
 
@@ -45,7 +54,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block: int, top: int, scale: float)
     if block * top >= n:
         o: Tensor = softmax_attention(q, k, v, mask=causal(), scale=scale)
         return o
-    return attend(q, k, v, _best_blocks(q, block_means(k, block), n, block, top), block, scale)
+    return attend(q, k, v, _best_blocks(q.detach(), block_means(k, block), n, block, top), block, scale)
 
 
 def _best_blocks(q: Tensor, means: Tensor, n: int, block: int, top: int) -> Tensor:
@@ -69,12 +78,49 @@ def attend(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block: int, scale: f
     """Each query's own block, up to itself when ``causal``, and its ``chosen`` ``(b, c, m, s)``: ``(b, h, m, e)``."""
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     chosen = chosen.to(torch.int32).contiguous()
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        o: Tensor = _Attend.apply(q, k, v, chosen, block, scale, causal)  # type: ignore[no-untyped-call]
+        return o
+    return _run(q, k, v, chosen, block, scale, causal, None, None)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block: int, scale: float, causal: bool
+    ) -> Tensor:
+        lse, rest = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+        o = _run(q, k, v, chosen, block, scale, causal, lse, rest)
+        ctx.save_for_backward(q, k, v, o, lse, rest, chosen)
+        ctx.settings = block, scale, causal
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
+        (q, k, v, o, lse, rest, chosen), (block, scale, causal) = ctx.saved_tensors, ctx.settings
+        found = gradients(q, k, v, o, lse, rest, d_o, chosen, block, scale, causal)
+        return (*found, None, None, None, None)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor,
+    block: int,
+    scale: float,
+    causal: bool,
+    lse: Tensor | None,
+    rest: Tensor | None,
+) -> Tensor:
     (b, h, m, d), (g, n, e) = q.shape, v.shape[1:]
     o = q.new_empty(b, h, m, e)
     native.run(
         "selected_forward",
         native.pack_selected(
             *(x.data_ptr() for x in (q, k, v, o, chosen)),
+            *(0 if x is None else x.data_ptr() for x in (lse, rest)),
             *(b, h, g, chosen.shape[1], m, n, d, e, chosen.shape[3]),
             *(step for x in (q, k, v, o) for step in x.stride()[:3]),
             *(block, torch.get_num_threads(), native.DTYPES[q.dtype], causal, scale),
