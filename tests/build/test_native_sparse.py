@@ -10,9 +10,11 @@ import torch
 
 import attnkit
 from attnkit import native
+from attnkit.dispatch import watch
 from attnkit.mechanisms.dsa import cpu as dsa
 from attnkit.mechanisms.dsa import dsa_attention
 from attnkit.mechanisms.moba import listed, moba_attention, selected_attention
+from attnkit.mechanisms.moba.cpu import attend
 from attnkit.mechanisms.nsa import nsa_attention
 from attnkit.mechanisms.topk import topk_attention
 from attnkit.registry import get
@@ -104,7 +106,7 @@ def test_gradients_of_chosen_blocks(
         found.append(slopes_of(attnkit.softmax_attention(*leaves, mask=mask, backend="reference"), leaves))
     leaves = [x.clone().requires_grad_() for x in given]
     with native.use_level(level):
-        got = slopes_of(selected_attention(*leaves, chosen, block=block, causal=causal), leaves)
+        got = slopes_of(attend(*leaves, chosen, block, 24**-0.5, causal), leaves)
     for slope, gold, naive in zip(got, *found, strict=True):
         assert_within(slope, gold, naive, dtype, gradient=True)
 
@@ -123,6 +125,23 @@ def test_bits_of_gradients_depend_on_neither_threads_nor_batch(level: str, dtype
         one = slopes(slice(0, 1))
         threads(2)
         assert all(torch.equal(x, y[:1]) for x, y in zip(one, slopes(slice(None)), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [260, 33])
+def test_gradients_of_all_branches(dtype: torch.dtype, m: int) -> None:
+    """Compressed blocks end at every place within a tile, and blocks of 32 are trained natively."""
+    sizes = {"length": 16, "stride": 8, "block": 32, "selected": 4, "window": 50}
+    shapes = [(4, m, 24), (2, 260, 24), (2, 260, 24), (2, 31, 24), (2, 31, 24), (2, 260, 24), (2, 260, 24), (4, m, 3)]
+    given = [numbers(2, *shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
+    found = []
+    for kind, backend in ((torch.float64, "reference"), (dtype, "reference"), (dtype, "cpu")):
+        leaves = [x.to(kind).requires_grad_() for x in given]
+        with watch() as ran:
+            found.append(slopes_of(nsa_attention(*leaves, **sizes, backend=backend), leaves))
+        assert backend == "reference" or set(ran) == {("nsa", "cpu"), ("softmax", "cpu")}
+    for gold, naive, got in zip(*found, strict=True):
+        assert_within(got, gold, naive, dtype, gradient=True)
 
 
 @pytest.mark.parametrize("level", native.STATUS.levels)

@@ -141,7 +141,8 @@ def selected_attention(
             f"the query heads and that the KV heads divide"
         )
     # One query fetches the blocks it chose; to pack all keys for it would cost more.
-    attend = cpu.attend if q.shape[2] > 1 and not cpu.refuses(q, k, v, _scale(q, scale)) else selected.attend
+    natively = q.shape[2] > 1 and not cpu.refuses(q, k, v, _scale(q, scale)) and not cpu.dearer(q, k, v, block)
+    attend = cpu.attend if natively else selected.attend
     return attend(q, k, v, chosen, block, _scale(q, scale), causal)
 
 

@@ -327,7 +327,7 @@ SPEC = Mechanism(
     sample=sample,
     reference=reference,
     backends=(
-        Backend("cpu", _cpu, rejects=cpu.rejects, grad=False, finite_only=True),
+        Backend("cpu", _cpu, rejects=cpu.rejects, finite_only=True),
         Backend("chunk", _chunk, finite_only=True),
         Backend("reference", _reference),
     ),

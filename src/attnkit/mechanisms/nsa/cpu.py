@@ -1,11 +1,14 @@
-"""The native kernels, forward only: compressed blocks and the choice in one, then the chosen blocks and the window."""
+"""The native kernels: compressed blocks and the choice in one, then the chosen blocks and the window."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from attnkit import masks, native
+from attnkit.masks.algebra import Tiles
 from attnkit.mechanisms.moba import selected_attention
 from attnkit.mechanisms.nsa.blocks import Blocks
 from attnkit.mechanisms.softmax import softmax_attention
@@ -15,7 +18,21 @@ from attnkit.spec import Call
 # So few queries are served by the chunk backend, which packs nothing and fetches what a query chose.
 FEWEST_QUERIES = 2
 
-_TENSORS = ("q", "k", "v", "compressed_k", "compressed_v", "window_k", "window_v", "gates")
+
+@dataclass(frozen=True, repr=False)
+class Ended(masks.Mask):
+    """Compressed blocks that end no later than a query, which stands ``ahead`` of its place among them."""
+
+    tokens: int
+    stride: int
+    ahead: int
+
+    def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return k * self.stride + self.tokens - 1 <= q + self.ahead
+
+    def tiles(self, t: Tiles) -> tuple[Tensor, Tensor]:
+        some, every = (self.visible(q, q, q, k) for q, k in ((t.q1, t.k0), (t.q0, t.k1)))
+        return some[None, None], every[None, None]
 
 
 def rejects(call: Call) -> tuple[str, ...]:
@@ -38,10 +55,6 @@ def rejects(call: Call) -> tuple[str, ...]:
         reasons.append(f"scale is {call['scale']}, the native kernel takes one above 0")
     if not call["causal"]:
         reasons.append("causal is False, the native kernel is causal")
-    if torch.is_grad_enabled():
-        wanted = [name for name in _TENSORS if call[name].requires_grad]
-        if wanted:
-            reasons.append(f"gradients are wanted for {', '.join(wanted)}, the native kernel is forward only")
     return tuple(reasons)
 
 
@@ -59,15 +72,22 @@ def forward(
     causal: bool,
     scale: float,
 ) -> Tensor:
-    n = k.shape[2]
-    coarse, chosen = _coarse(q, compressed_k, compressed_v, n, blocks, scale)
+    n, c = k.shape[2], compressed_k.shape[2]
+    coarse, chosen = _coarse(q.detach(), compressed_k.detach(), compressed_v.detach(), n, blocks, scale)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, compressed_k, compressed_v)):
+        # The kernel that chooses keeps nothing for gradients, which softmax attention has.
+        ended = Ended(blocks.length, blocks.stride, n - c)
+        coarse = softmax_attention(q, compressed_k, compressed_v, mask=ended, scale=scale).float()
     if blocks.selected >= -(-n // blocks.block):
         fine = softmax_attention(q, k, v, mask=masks.causal(), scale=scale)
     else:
         fine = selected_attention(q, k, v, chosen, block=blocks.block, scale=scale)
     near = softmax_attention(q, window_k, window_v, mask=masks.window(window), scale=scale)
     gate = gates.float()[..., None, :]
-    o = coarse.mul_(gate[..., 0]).addcmul_(gate[..., 1], fine.float()).addcmul_(gate[..., 2], near.float())
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (coarse, fine, near, gate)):
+        o: Tensor = coarse * gate[..., 0] + gate[..., 1] * fine.float() + gate[..., 2] * near.float()
+    else:
+        o = coarse.mul_(gate[..., 0]).addcmul_(gate[..., 1], fine.float()).addcmul_(gate[..., 2], near.float())
     return o.to(q.dtype)
 
 
