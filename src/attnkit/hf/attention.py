@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnkit.hf.carried import plain, state_of
+from attnkit.hf.chosen import check_plain, waiting_of
 from attnkit.hf.latent import latents_of
 from attnkit.hf.masks import CarriedMask
 from attnkit.masks import UNBOUNDED, Mask, causal, explicit, joined
@@ -102,6 +103,13 @@ def attention(
     if indices is not None:
         chosen = torch.zeros(*indices.shape[:2], key.shape[2], dtype=torch.bool, device=key.device)
         mask = joined(mask, explicit(chosen.scatter_(-1, indices.long(), True)[..., :keys]))
+    waiting = waiting_of(key, value)
+    if waiting is not None:
+        others = {"softcap": softcap, "s_aux": s_aux, "a bias": bias, "dropout": dropout or None}
+        check_plain(mask, query.shape[2], others)
+        view, mask = waiting.taken(query, scaling)
+        o = softmax_attention(query, view.k, view.v, mask=mask, scale=scaling)
+        return o.transpose(1, 2).contiguous(), None
     latents = latents_of(key, value)
     if latents is not None and keys == key.shape[2] and not (dropout or softcap) and bias is None and s_aux is None:
         absorbed = latents.attend(query, mask, scaling)

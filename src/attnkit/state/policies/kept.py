@@ -72,6 +72,11 @@ class KeptState:
         self._leaves: Tensor | None = None
 
     @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self._kept["k"].shape[0]
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated, those of remembered queries included."""
         extra = (x.nbytes for x in (self._sinks, self._recent) if x is not None)
@@ -175,7 +180,7 @@ class KeptState:
 
     def fork(self) -> Self:
         """An independent copy."""
-        return self.select(torch.arange(self._kept["k"].shape[0]))
+        return self.select(torch.arange(self.batch))
 
     def select(self, rows: Tensor) -> Self:
         """A new state whose sequence ``i`` is a copy of sequence ``rows[i]`` (beam search, batch changes)."""

@@ -50,6 +50,11 @@ class _Whole:
         self.policy: Policy = policy
 
     @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self.whole.like["k"].shape[0]
+
+    @property
     def length(self) -> int:
         """Tokens held."""
         return self.whole.length
@@ -87,13 +92,20 @@ class _Whole:
 
     def fork(self) -> Self:
         """An independent copy."""
-        return self.select(torch.arange(self.whole.like["k"].shape[0]))
+        return self.select(torch.arange(self.batch))
+
+    def grown(self, capacity: int) -> Self:
+        """A copy with room for ``capacity`` tokens."""
+        return self._around(self.whole.grown(capacity))
 
     def select(self, rows: Tensor) -> Self:
         """A new state whose sequence ``i`` is a copy of sequence ``rows[i]`` (beam search, batch changes)."""
+        return self._around(self.whole.select(rows))
+
+    def _around(self, whole: KVState) -> Self:
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.whole = self.whole.select(rows)
+        other.whole = whole
         return other
 
     def check(self) -> None:
@@ -163,6 +175,15 @@ class PagewiseState(_Whole):
         """Forget all but the first ``length`` tokens, as if the others had never been appended."""
         super().crop(length)
         self._bound(self.whole.view().k, length)
+
+    def grown(self, capacity: int) -> Self:
+        """A copy with room for ``capacity`` tokens."""
+        other = super().grown(capacity)
+        other.bounds = self.bounds.new_zeros(
+            *self.bounds.shape[:3], -(-capacity // self.policy.page), self.bounds.shape[4]
+        )
+        other.bounds[:, :, :, : self.bounds.shape[3]] = self.bounds
+        return other
 
     def select(self, rows: Tensor) -> Self:
         """A new state whose sequence ``i`` is a copy of sequence ``rows[i]``."""
