@@ -17,6 +17,7 @@ from attnkit.hf.attention import attention
 from attnkit.masks.patterns import Interval
 from attnkit.parity import Verdict
 from attnkit.parity.families import FAMILIES
+from attnkit.state import codec
 
 WRONG = "wrong"
 RIGHT = {Verdict.SAME, Verdict.ROUNDING, Verdict.NOTHING}
@@ -162,3 +163,33 @@ def test_an_implementation_that_crashes_has_no_output(plant: Any) -> None:
 
 def test_every_family_can_be_named() -> None:
     assert len(FAMILIES) >= 63 and list(FAMILIES) == sorted(FAMILIES)
+
+
+CODED = {"chunked prefill", "decode", "text through the cache", "greedy"}
+
+
+def coded(family: str, *caches: str) -> dict[str, list[parity.Finding]]:
+    """What the checks of caches say of our attention with quantised ones."""
+    checks = [check for check in parity.CHECKS if check.name in CODED]
+    found: dict[str, list[parity.Finding]] = {}
+    for row in parity.run(parity.tiny(family), parity.plan(["attnkit"], caches, checks)):
+        found.setdefault(row.check.name, []).append(row.finding)
+    assert found.keys() == CODED
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "qwen3_next"])
+def test_a_right_quantised_cache_raises_no_alarm(family: str) -> None:
+    for name, findings in coded(family, "int8", "fp8", "int4").items():
+        for finding in findings:
+            assert finding.verdict in RIGHT, (name, finding)
+
+
+def test_a_quantised_cache_that_loses_more_than_its_form_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 of which only six bits are used, and int4 of which two."""
+    scaled, affine = codec.encode_scaled, codec.encode_affine
+    monkeypatch.setattr(codec, "encode_scaled", lambda form, x: (scaled(form, x)[0] & 252, scaled(form, x)[1]))
+    monkeypatch.setattr(codec, "encode_affine", lambda x, dim: (*affine(x, dim)[:2], affine(x, dim)[2] & 12))
+    found = coded("llama", "int8", "int4")
+    for name in ("decode", "text through the cache"):
+        assert [finding.verdict for finding in found[name]] == [Verdict.CHANGED] * 2, found[name]

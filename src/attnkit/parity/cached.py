@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from attnkit.parity.caches import cache
+from attnkit.parity.caches import PLAIN, cache
 from attnkit.parity.forward import LOGITS, Trace, judged, left_padded
 from attnkit.parity.record import Check, Finding, Lane
 from attnkit.parity.subject import Subject, hidden_states
-from attnkit.parity.text import Said, compared
-from attnkit.testing.budgets import STORED
+from attnkit.parity.text import Said, bounds, compared
 
 
 def read(model: Any, subject: Subject, cuts: Iterable[int], name: str) -> Trace:
@@ -33,15 +32,19 @@ def read(model: Any, subject: Subject, cuts: Iterable[int], name: str) -> Trace:
 def _compared(subject: Subject, lane: Lane, key: str, cuts: tuple[int, ...]) -> Finding:
     name = lane.cache
     assert name is not None
+
+    def plain(other: str) -> Trace:
+        return subject.plain(f"{key}, {other}", lambda model: read(model, subject, cuts, other))
+
     gold = subject.true(key, lambda model: read(model, subject, cuts, "dynamic"))
-    naive = subject.plain(key, lambda model: read(model, subject, cuts, "dynamic"))
     got = subject.tried(lane.backend, f"{key}, {name}", lambda model: read(model, subject, cuts, name))
-    if name in STORED:
-        right = gold[LOGITS]
-        likeliest = right.argmax(-1)  # whose perplexity only ever gets worse, so that it is no measure here
-        bounds = replace(STORED[name], perplexity=inf)
-        return compared(Said.of(got[LOGITS], likeliest), Said.of(right, likeliest), bounds)
-    return judged(got, gold, naive, subject.dtype)
+    if name not in PLAIN:
+        return judged(got, gold, plain("dynamic"), subject.dtype)
+    right = gold[LOGITS]
+    likeliest = right.argmax(-1)  # whose perplexity only ever gets worse, so that it is no measure here
+    truth = Said.of(right, likeliest)
+    allowed = bounds(subject, name, truth, lambda other: Said.of(plain(other)[LOGITS], likeliest))
+    return compared(Said.of(got[LOGITS], likeliest), truth, replace(allowed, perplexity=inf))
 
 
 def _decode(subject: Subject, lane: Lane) -> Finding:

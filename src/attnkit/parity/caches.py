@@ -7,6 +7,8 @@ from typing import Any
 from transformers import DynamicCache, StaticCache
 
 import attnkit.hf
+from attnkit.parity.rounded import rounded
+from attnkit.testing.budgets import PROMISED
 
 CACHES = {
     "dynamic": "Transformers' DynamicCache",
@@ -19,10 +21,12 @@ CACHES = {
     "fp8": "attnkit.hf.Cache of fp8",
     "paged": "attnkit.hf.Cache on pages",
 }
+PLAIN = {codec: f"plain {codec}" for codec in PROMISED}
+"""Beside each quantised cache the one that says what it may change."""
 
 
 def cache(name: str, config: Any, length: int) -> Any:
-    """A new cache with room for ``length`` tokens; one of ``CACHES``."""
+    """A new cache with room for ``length`` tokens; one of ``CACHES`` or ``PLAIN``."""
     ours: Any = attnkit.hf.Cache
     match name:
         case "dynamic":
@@ -33,4 +37,6 @@ def cache(name: str, config: Any, length: int) -> Any:
             return ours(config)
         case "paged":
             return ours(config, paged=True, max_length=length)
+    if name in PLAIN.values():
+        return rounded(config, name.removeprefix("plain "))
     return ours(config, dtype=name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import exp
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnkit.parity.caches import cache
+from attnkit.parity.caches import PLAIN, cache
 from attnkit.parity.record import Check, Finding, Lane, Verdict
 from attnkit.parity.subject import Subject, layers
-from attnkit.testing.budgets import QUALITY, STORED, Quality, allowed
+from attnkit.testing.budgets import QUALITY, Quality, allowed
 
 PIECE = 64
 """Tokens that are read at once where there is a cache."""
@@ -37,6 +37,10 @@ class Said:
         """The log-probability of each token that really follows."""
         return self.logprobs.gather(1, self.asked[:, None])[:, 0]
 
+    def off(self, gold: Said) -> Tensor:
+        """By how much each of those is off."""
+        return (self.chosen.double() - gold.chosen.double()).abs()
+
     @property
     def perplexity(self) -> float:
         return exp(-self.chosen.double().mean().item())
@@ -57,7 +61,7 @@ def compared(got: Said, gold: Said, bounds: Quality) -> Finding:
     """Kullback-Leibler divergence, agreement on the likeliest token, and perplexity, each beside its bound."""
     p, q = gold.logprobs.double(), got.logprobs.double()
     divergence = (p.exp() * (p - q)).sum(-1).clamp_min(0)
-    off = (got.chosen.double() - gold.chosen.double()).abs()
+    off = got.off(gold)
     top = p.gather(1, q.argmax(-1, keepdim=True))[:, 0]
     missed = p.amax(-1) - top  # how much likelier the right token is than the one that was likeliest here
     figures = {
@@ -88,38 +92,52 @@ def compared(got: Said, gold: Said, bounds: Quality) -> Finding:
     return Finding(Verdict.CHANGED if wrong else Verdict.ROUNDING, says, share=found / bound, figures=figures)
 
 
-def _bounds(subject: Subject, name: str | None) -> Quality:
-    return STORED.get(name or "", QUALITY[subject.dtype])
+def bounds(subject: Subject, name: str, gold: Said, plain: Callable[[str], Said]) -> Quality:
+    """What the cache ``name`` may change; ``plain`` says what the model with another cache says."""
+    rounding = QUALITY[subject.dtype]
+    return rounding.beside(plain(PLAIN[name]).off(gold), name) if name in PLAIN else rounding
 
 
 def _text(subject: Subject, lane: Lane) -> Finding:
     gold = subject.true("text", lambda model: said(model, subject.text))
     got = subject.tried(lane.backend, "text", lambda model: said(model, subject.text))
-    return compared(got, gold, _bounds(subject, None))
+    return compared(got, gold, QUALITY[subject.dtype])
 
 
 def _cached_text(subject: Subject, lane: Lane) -> Finding:
-    t, name = len(subject.text), lane.cache
+    t, name, key = len(subject.text), lane.cache, "cached text"
+    assert name is not None
     cuts = [*range(PIECE, t, PIECE), t] if t > 2 * PIECE else [t // 3, 2 * t // 3, t]
-    gold = subject.true("cached text", lambda model: said(model, subject.text, cuts, "dynamic"))
-    got = subject.tried(lane.backend, f"cached text, {name}", lambda model: said(model, subject.text, cuts, name))
-    return compared(got, gold, _bounds(subject, name))
+
+    def plain(other: str) -> Said:
+        return subject.plain(f"{key}, {other}", lambda model: said(model, subject.text, cuts, other))
+
+    gold = subject.true(key, lambda model: said(model, subject.text, cuts, "dynamic"))
+    got = subject.tried(lane.backend, f"{key}, {name}", lambda model: said(model, subject.text, cuts, name))
+    return compared(got, gold, bounds(subject, name, gold, plain))
 
 
 def _greedy(subject: Subject, lane: Lane) -> Finding:
     """The same text is written, or the first token that differs was a draw within the budget."""
     prompt, name = subject.text[None, : subject.prompt], lane.cache
-    want = subject.plain("greedy", lambda model: written(model, prompt, subject.new, "dynamic"))
-    got = subject.tried(lane.backend, f"greedy, {name}", lambda model: written(model, prompt, subject.new, name))
+    length = prompt.shape[1] + subject.new
+
+    def text(model: Any, name: str) -> Tensor:
+        return written(model, prompt, subject.new, cache(name, model.config, length))
+
+    assert name is not None
+    want = subject.plain("greedy", lambda model: text(model, "dynamic"))
+    got = subject.tried(lane.backend, f"greedy, {name}", lambda model: text(model, name))
     differ = (got != want).nonzero()
     if not len(differ):
         return Finding(Verdict.SAME, f"the same {subject.new} tokens", figures={"tokens": subject.new})
     place = int(differ[0])
-    context = torch.cat([prompt[0], want[:place]])[None]
-    gold, naive = (ask(f"greedy {place}", lambda model: _next(model, context)) for ask in (subject.true, subject.plain))
+    other = PLAIN.get(name, "dynamic")
+    gold = subject.true(f"greedy {place}", lambda model: _next(model, prompt, want[:place], "dynamic"))
+    naive = subject.plain(f"greedy {place}, {other}", lambda model: _next(model, prompt, want[:place], other))
     depth = len(layers(subject.model)) or 1
     gap = abs(gold[want[place]].item() - gold[got[place]].item())
-    bound = 2 * allowed(gold.double(), naive, subject.dtype, depth=depth) + _bounds(subject, name).gap
+    bound = 2 * allowed(gold.double(), naive, subject.dtype, depth=depth)
     draw = gap <= bound
     says = (
         f"token {place} is the first that differs: the logits of the two are {gap:.2g} apart, and rounding may move "
@@ -129,9 +147,9 @@ def _greedy(subject: Subject, lane: Lane) -> Finding:
     return Finding(Verdict.ROUNDING if draw else Verdict.CHANGED, says, share=gap / bound, figures=figures)
 
 
-def written(model: Any, prompt: Tensor, new: int, name: str | None) -> Tensor:
-    """The ``new`` tokens that follow ``prompt`` ``(1, t)`` when the likeliest is always taken."""
-    held, tokens = cache(name or "dynamic", model.config, prompt.shape[1] + new), []
+def written(model: Any, prompt: Tensor, new: int, held: Any) -> Tensor:
+    """The ``new`` tokens that follow ``prompt`` ``(1, t)``, read into the empty cache ``held``; the likeliest each."""
+    tokens: list[Tensor] = []
     with torch.no_grad():
         logits = model(prompt, cache=held, use_cache=True).logits[:, -1]
         for _ in range(new - 1):
@@ -140,10 +158,13 @@ def written(model: Any, prompt: Tensor, new: int, name: str | None) -> Tensor:
     return torch.cat([*tokens, logits.argmax(-1, keepdim=True)], 1)[0]
 
 
-def _next(model: Any, context: Tensor) -> Tensor:
+def _next(model: Any, prompt: Tensor, new: Tensor, name: str) -> Tensor:
+    """The logits of what follows ``prompt`` ``(1, t)`` and ``new`` ``(m,)``, which are read one by one."""
+    held = cache(name, model.config, prompt.shape[1] + len(new))
     with torch.no_grad():
-        logits: Tensor = model(context, use_cache=False).logits[0, -1].clone()
-    return logits
+        for piece in (prompt, *new[None].split(1, 1)):
+            logits: Tensor = model(piece, cache=held, use_cache=True).logits[0, -1]
+    return logits.clone()
 
 
 CHECKS = (
