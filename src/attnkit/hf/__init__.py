@@ -13,6 +13,7 @@ except ImportError as error:
 from attnkit.hf.accelerate import accelerate, restore
 from attnkit.hf.batching import generate_batch
 from attnkit.hf.cache import Cache
+from attnkit.hf.continuous import continuous_batching
 from attnkit.hf.register import register, unregister
 
-__all__ = ["Cache", "accelerate", "generate_batch", "register", "restore", "unregister"]
+__all__ = ["Cache", "accelerate", "continuous_batching", "generate_batch", "register", "restore", "unregister"]

@@ -34,11 +34,7 @@ def accelerate(model: nn.Module) -> tuple[str, ...]:
     ValueError: the model does not run our attention. NotImplementedError: nothing in it is known to us, or a layer has
     a form that is not; nothing is changed then.
     """
-    if not ours(model):
-        raise ValueError(
-            f"accelerate got a model that runs {runs(model)!r}: call attnkit.hf.register() and "
-            "model.set_attn_implementation('attnkit') first"
-        )
+    check_runs_ours(model, "accelerate")
     found = {name: layer for name, layer in model.named_modules() if _attribute(layer)}
     if not found:
         raise NotImplementedError(
@@ -88,6 +84,15 @@ def runs(module: Any) -> str | None:
 def ours(module: nn.Module) -> bool:
     """Whether that is ours, under whatever name."""
     return ALL_ATTENTION_FUNCTIONS.get(runs(module)) is attention
+
+
+def check_runs_ours(model: nn.Module, where: str) -> None:
+    """Raise ``ValueError`` unless ``model`` runs our attention."""
+    if not ours(model):
+        raise ValueError(
+            f"{where} got a model that runs {runs(model)!r}: call attnkit.hf.register() and "
+            "model.set_attn_implementation('attnkit') first"
+        )
 
 
 def _rejects(layer: Any) -> str | None:

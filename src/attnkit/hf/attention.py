@@ -34,7 +34,7 @@ HARMLESS = frozenset(
 # What is refused gets its own advice where there is any.
 ADVICE = {
     "output_attentions": "attnkit keeps no attention weights: use attn_implementation='eager' to see them",
-    "cache": "model.generate_batch is not supported: use attnkit.hf.generate_batch",
+    "cache": "call model.generate_batch inside attnkit.hf.continuous_batching(model)",
     "cu_seq_lens_q": "packed sequences are found by position_ids that restart: pass those and no cu_seq_lens",
     "cu_seq_lens_k": "packed sequences are found by position_ids that restart: pass those and no cu_seq_lens",
     "sinks": "sinks that differ by token are not supported: use attn_implementation='eager'",
@@ -81,7 +81,7 @@ def attention(
     ------
     NotImplementedError: an argument that would change the result is not known. ValueError: arguments disagree.
     """
-    _refuse(module, s_aux, others)
+    refuse(module, s_aux, others)
     keys = key.shape[2]
     mask: Mask | None
     bias = position_bias
@@ -92,10 +92,10 @@ def attention(
                 "and update have to agree"
             )
         mask, keys = attention_mask.mask, attention_mask.keys
-        _check_window(sliding_window, attention_mask.window, keys)
+        check_window(sliding_window, attention_mask.window, keys)
     elif attention_mask is None:
         mask, keys = _mask_of_none(module, query.shape[2], keys, is_causal)
-        _check_window(sliding_window, None, keys)
+        check_window(sliding_window, None, keys)
     elif attention_mask.dtype == torch.bool:
         mask = explicit(attention_mask)
     else:
@@ -153,7 +153,8 @@ def _sees_none_later(given: Tensor | None, mask: Mask | None) -> bool:
     return (isinstance(given, CarriedMask) and not given.later) or (interval is not None and interval[1] <= 0)
 
 
-def _check_window(asked: int | None, applied: int | None, keys: int) -> None:
+def check_window(asked: int | None, applied: int | None, keys: int) -> None:
+    """Raise ``ValueError`` unless a layer's window is the mask's, or reaches over all ``keys`` anyway."""
     if asked is None or asked >= keys or asked == applied:
         return
     got = "none" if applied is None else str(applied)
@@ -163,7 +164,8 @@ def _check_window(asked: int | None, applied: int | None, keys: int) -> None:
     )
 
 
-def _refuse(module: nn.Module, s_aux: Tensor | None, others: dict[str, Any]) -> None:
+def refuse(module: nn.Module, s_aux: Tensor | None, others: dict[str, Any]) -> None:
+    """Raise ``NotImplementedError`` for an argument that says something and is not known, or sinks that are missing."""
     for name, value in others.items():
         if value is None or value is False or name in HARMLESS:
             continue

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import cache_utils as theirs
 
-from attnkit.hf.accelerate import ours, runs
+from attnkit.hf.accelerate import check_runs_ours
 from attnkit.hf.carried import carried
 from attnkit.hf.layers import PAGE, PagedLayer
 from attnkit.state import PagedKVState, PagePool
@@ -105,27 +105,27 @@ def _ends(model: Any, given: int | Iterable[int] | None) -> set[int]:
     return {int(ends)} if isinstance(ends, int) else {int(end) for end in ends}
 
 
+def check_layers(model: Any, where: str, known: Iterable[str]) -> list[str]:
+    """The kind of each layer's attention; raises ``NotImplementedError`` where one is not ``known``, or is latent."""
+    config = model.config.get_text_config(decoder=True)
+    kinds, _ = theirs.get_layer_types_and_kwargs(config)
+    unknown = set(kinds) - set(known)
+    if unknown or getattr(config, "kv_lora_rank", None) is not None:
+        got = ", ".join(sorted(unknown)) or "latent attention"
+        raise NotImplementedError(f"{where} got layers of {got}, expected full and sliding attention: use generate")
+    return list(kinds)
+
+
 class _Ragged(theirs.Cache):
     """Sequences of different lengths, of which one is filled alone or all take a step."""
 
     def __init__(self, model: Any, pages: int) -> None:
-        if not ours(model):
-            raise ValueError(
-                f"generate_batch got a model that runs {runs(model)!r}: call attnkit.hf.register() and "
-                "model.set_attn_implementation('attnkit') first"
-            )
+        check_runs_ours(model, "generate_batch")
         if "position_ids" not in _arguments(model):
             raise NotImplementedError(
                 f"generate_batch got a {type(model).__name__}, which counts positions itself: use generate"
             )
-        config = model.config.get_text_config(decoder=True)
-        kinds, options = theirs.get_layer_types_and_kwargs(config)
-        unknown = set(kinds) - {"full_attention", "sliding_attention", "dummy"}
-        if unknown or getattr(config, "kv_lora_rank", None) is not None:
-            got = ", ".join(sorted(unknown)) or "latent attention"
-            raise NotImplementedError(
-                f"generate_batch got layers of {got}, expected full and sliding attention: use generate"
-            )
+        kinds = check_layers(model, "generate_batch", ("full_attention", "sliding_attention", "dummy"))
         made: list[Any] = [theirs.DummyLayer() if kind == "dummy" else _RaggedLayer(pages) for kind in kinds]
         super().__init__(layers=made)
 

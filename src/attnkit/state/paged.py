@@ -108,6 +108,32 @@ class PagePool:
         assert [page for page, count in enumerate(self._owners) if count == 0] == sorted(self._free)
 
 
+class BorrowedPages(PagePool):
+    """Pages that somebody else owns, fills and frees: states adopt and read them, and none is ever theirs to write on.
+
+    Parameters
+    ----------
+    k, v: (pages, heads, page, size), with any strides whose last is 1.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v, self.page, self.keeper = k, v, k.shape[2], None
+        self._free: list[int] = []
+
+    def owners(self, page: int) -> int:
+        """Two, the state and the true owner: an append would have to copy, for which no page is free."""
+        return 2
+
+    def share(self, page: int) -> int:
+        return page
+
+    def release(self, page: int) -> None:
+        pass
+
+    def check(self) -> None:
+        """The bookkeeping is somebody else's."""
+
+
 class Keeper(Protocol):
     """Who holds pages that it can give up and promises pages to states: asked before a state takes any."""
 
