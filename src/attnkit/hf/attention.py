@@ -28,6 +28,7 @@ HARMLESS = frozenset(
         "output_router_logits",
         "position_ids",
         "return_dict",
+        "tokenizer",
         "use_cache",
     }
 )
