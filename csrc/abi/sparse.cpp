@@ -11,7 +11,8 @@ constexpr int64_t kMostNodes = 4096;
 
 bool check(const attnkit_block_list& s, int64_t index) {
   const attnkit_mask_node& node = static_cast<const attnkit_mask_node*>(s.nodes)[index];
-  const bool held = node.kind >= ATTNKIT_MASK_GLOBAL;
+  // No query looks into what it says for no sequence, no head or no key.
+  const bool held = node.kind >= ATTNKIT_MASK_GLOBAL && s.batches > 0 && s.heads > 0 && s.n > 0;
   if (held && !node.data && node.a > 0) return false;
   if ((node.batches != 1 && node.batches != s.batches) || (node.heads != 1 && node.heads != s.heads)) return false;
   switch (node.kind) {
@@ -30,9 +31,14 @@ bool check(const attnkit_block_list& s, int64_t index) {
     case ATTNKIT_MASK_CHUNKED:
       return node.a >= 1 && node.a <= kLargest;
     case ATTNKIT_MASK_PREFIX:
+      return node.a >= -kLargest;
+    case ATTNKIT_MASK_GLOBAL: {
+      const int64_t* runs = static_cast<const int64_t*>(node.data);
+      if (node.a < 0 || node.a > kLargest || (!runs && node.a > 0)) return false;
+      for (int64_t i = 0; i < 2 * node.a; ++i)
+        if (runs[i] < -kLargest || runs[i] > kMostDistance) return false;
       return true;
-    case ATTNKIT_MASK_GLOBAL:
-      return node.a >= 0;
+    }
     case ATTNKIT_MASK_DOCUMENTS:
       return node.a >= s.n && s.m <= s.n;
     case ATTNKIT_MASK_PADDING:
@@ -45,7 +51,7 @@ bool check(const attnkit_block_list& s, int64_t index) {
 }
 
 int32_t check(const attnkit_block_list& s) {
-  if (s.count < 1 || s.count > kMostNodes || !in_range({{s.batches, 0}, {s.heads, 0}, {s.m, 0}}) || s.m < 0 || s.n < 0 || s.m >= kLargest ||
+  if (!s.nodes || !s.found || s.count < 1 || s.count > kMostNodes || !in_range({{s.batches, 0}, {s.heads, 0}, {s.m, 0}}) || s.m < 0 || s.n < 0 || s.m >= kLargest ||
       s.n >= kLargest || s.block_q < 1 || s.block_q >= kLargest || s.block_k < 1 || s.block_k > 64)
     return ATTNKIT_BAD_SIZE;
   for (int64_t i = 0; i < s.count; ++i)

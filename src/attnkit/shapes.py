@@ -34,6 +34,8 @@ def check(where: str, **tensors: tuple[Any, str]) -> dict[str, int]:
     for name, (tensor, pattern) in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{where}: {name} is a {type(tensor).__name__}, expected a tensor ({_axes(pattern)})")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{where}: {name} has layout {tensor.layout}, expected torch.strided: call its to_dense()")
         axes, shape = pattern.split(), tensor.shape
         if len(shape) != len(axes):
             raise ValueError(
@@ -123,8 +125,8 @@ def check_keep(where: str, keep: Tensor | None) -> None:
 
 
 def check_groups(where: str, h: int, g: int) -> None:
-    """The KV heads divide the query heads."""
-    if g == 0 or h % g:
+    """The KV heads divide the query heads, of which there are some."""
+    if g == 0 or h == 0 or h % g:
         raise ValueError(
             f"{where}: got {h} query heads and {g} KV heads, expected KV heads that divide the query heads"
         )

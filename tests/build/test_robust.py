@@ -1,12 +1,12 @@
-"""The native kernels under calls nobody means well: each ends in a right answer or in one sentence, never in a signal.
+"""The native softmax kernels at the edges: overflow, far offsets, repeats, threads, NaN and infinity, subnormals.
 
-``csrc/tests`` does the same below Python, under the sanitizers: ``make sanitize``.
+Random calls of all native kernels are in ``test_fuzz.py`` and, under the sanitizers, in ``csrc/tests``.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +24,6 @@ pytestmark = pytest.mark.skipif(not native.STATUS.available, reason=native.STATU
 
 LEVELS = pytest.mark.parametrize("level", native.STATUS.levels)
 DTYPES = pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
-LENGTHS = (0, 1, 2, 5, 9, 48, 49, 64, 111, 300)
-SIZES = (1, 2, 3, 59, 64, 111, 128, 300, 576)
-PARTS = 20  # so that none of them takes minutes in the long run
 
 Arguments = dict[str, Any]
 
@@ -59,112 +56,6 @@ def assert_right(arguments: Arguments) -> None:
     naive = attend(arguments, "reference")
     for what, x, true, plain in zip(("o", "lse"), got, gold, naive, strict=True):
         assert_within(x, true, plain, dtype, what=what)
-
-
-def stored(rng: random.Random, *shape: int, dtype: torch.dtype) -> Tensor:
-    """Random numbers of that shape in one of the layouts torch can give them."""
-    b, h, n, d = shape
-    kind = rng.randrange(7)
-    if kind == 0:
-        return torch.randn(b, n, h, d).to(dtype).transpose(1, 2)
-    if kind == 1:
-        return torch.randn(b, h, n, d + 5).to(dtype)[..., 3 : 3 + d]
-    if kind == 2:
-        return torch.randn(b, h, 2 * n, d).to(dtype)[:, :, ::2]
-    if kind == 3:
-        return torch.randn(b, h, n, 2 * d).to(dtype)[..., ::2]
-    if kind == 4:
-        ones = [1 if rng.random() < 0.5 else size for size in (b, h, n)]
-        return torch.randn(*ones, d).to(dtype).expand(b, h, n, d)
-    if kind == 5:  # strides of dimensions of size 1 are arbitrary
-        x = torch.randn(b, h, n, d).to(dtype)
-        return x.as_strided(
-            x.shape, [2**40 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
-        )
-    return torch.randn(b, h, n, d).to(dtype)
-
-
-def random_call(rng: random.Random) -> Arguments:
-    b, g, r = rng.choice((1, 1, 2, 3, 0)), rng.choice((1, 2)), rng.choice((1, 2, 3))
-    m, n, d, e = rng.choice(LENGTHS), rng.choice(LENGTHS), rng.choice(SIZES), rng.choice(SIZES)
-    h, dtype = g * r, rng.choice(list(native.DTYPES))
-
-    def maybe() -> bool:
-        return rng.random() < 0.3
-
-    masks: tuple[Any, ...] = (
-        None,
-        None,
-        attnkit.causal(),
-        attnkit.window(rng.choice((1, 7, 130))),
-        attnkit.dilated_window(5, 3),
-        torch.rand(m, n) < 0.5,
-        torch.rand(b, h, m, n) < 0.5,
-    )
-    bias = [1 if rng.random() < 0.5 else size for size in (b, h, m, n)]
-    return {
-        "q": stored(rng, b, h, m, d, dtype=dtype),
-        "k": stored(rng, b, g, n, d, dtype=dtype),
-        "v": stored(rng, b, g, n, e, dtype=dtype),
-        "mask": rng.choice(masks),
-        "scale": rng.choice((None, None, 1.0, 0.0, -0.5)),
-        "bias": torch.randn(bias).to(dtype) if maybe() else None,
-        "alibi": torch.rand(h) if maybe() else None,
-        "softcap": 3.0 if maybe() else None,
-        "sink": torch.randn(h) if maybe() else None,
-    }
-
-
-def spoil(rng: random.Random, call: Arguments) -> None:
-    """Make one thing wrong with a call."""
-    q, k, v = (call[name] for name in "qkv")
-    name = rng.choice("qkv")
-    wrong: tuple[Callable[[], Arguments], ...] = (
-        lambda: {"k": torch.cat([k, k[..., :1]], 3)},
-        lambda: {"v": torch.cat([v, v[:, :, :1], v.new_zeros(*v.shape[:2], 1, v.shape[3])], 2)},
-        lambda: {name: call[name][0] if len(call[name]) else call[name].flatten(0, 1)},
-        lambda: {name: call[name].double()},
-        lambda: {name: call[name].int()},
-        lambda: {"q": q.double(), "k": k.double(), "v": v.double()},
-        lambda: {"k": torch.cat([k, k, k, k, k, k, k], 1), "v": torch.cat([v, v, v, v, v, v, v], 1)},
-        lambda: {"q": q.new_zeros(*q.shape[:3], 577), "k": k.new_zeros(*k.shape[:3], 577)},
-        lambda: {"q": q[..., :0], "k": k[..., :0]},
-        lambda: {"v": v[..., :0]},
-        lambda: {"mask": torch.ones(q.shape[2] + 1, k.shape[2], dtype=torch.bool)},
-        lambda: {"mask": torch.ones(q.shape[2], k.shape[2])},
-        lambda: {"sink": torch.zeros(q.shape[1] + 1)},
-        lambda: {"alibi": torch.zeros(1, q.shape[1], 2)},
-        lambda: {"bias": torch.zeros(q.shape[0] + 2, q.shape[1], q.shape[2], k.shape[2])},
-        lambda: {"softcap": -1.0},
-        lambda: {"q": q.to("meta")},
-    )
-    call.update(rng.choice(wrong)())
-
-
-@pytest.mark.parametrize("part", range(PARTS))
-def test_a_call_ends_in_an_answer_or_a_sentence(part: int, full: bool) -> None:
-    for seed in range(1000 if full else 15):
-        rng = random.Random(f"{part} {seed}")
-        torch.manual_seed(rng.randrange(2**31))
-        call = random_call(rng)
-        bad = rng.random() < 0.3
-        if bad:
-            spoil(rng, call)
-        try:
-            with threads(rng.choice((1, 2))), native.use_level(rng.choice(native.STATUS.levels)):
-                if not bad:
-                    assert_right(call)
-                    continue
-                with pytest.raises((ValueError, TypeError, NotImplementedError)) as refusal:
-                    attend(call)
-        except BaseException:
-            print(
-                f"seed {seed}:",
-                {name: (x.shape, x.stride()) if isinstance(x, Tensor) else x for name, x in call.items()},
-            )
-            raise
-        # A named backend that cannot run a call says so in a line of its own.
-        assert str(refusal.value).strip().count("\n") == isinstance(refusal.value, NotImplementedError), refusal.value
 
 
 def test_the_library_refuses_what_would_overflow() -> None:

@@ -55,18 +55,26 @@ def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.detach().to("cpu", dtype).contiguous()
 
 
+FARTHEST = 1 << 31
+"""No two of the positions that the library takes are so far apart, and it takes no larger number."""
+
+
+def _near(x: int) -> int:
+    return max(-FARTHEST, min(x, FARTHEST))
+
+
 # Kind, a, b and data of each.
 LEAVES: dict[type[Mask], Any] = {
-    Interval: lambda x: (sparse.INTERVAL, x.left, x.right, None),
-    Dilated: lambda x: (sparse.DILATED, x.window, x.dilation, None),
-    Strided: lambda x: (sparse.STRIDED, x.stride, 0, None),
-    Fixed: lambda x: (sparse.FIXED, x.stride, x.columns, None),
-    Chunked: lambda x: (sparse.CHUNKED, x.chunk, 0, None),
-    Prefix: lambda x: (sparse.PREFIX, x.prompt, 0, None),
-    GlobalTokens: lambda x: (sparse.GLOBAL, len(x.runs), 0, torch.tensor(x.runs)),
+    Interval: lambda x: (sparse.INTERVAL, _near(x.left), _near(x.right), None),
+    Dilated: lambda x: (sparse.DILATED, _near(x.window), _near(x.dilation), None),
+    Strided: lambda x: (sparse.STRIDED, _near(x.stride), 0, None),
+    Fixed: lambda x: (sparse.FIXED, _near(x.stride), max(0, x.columns - x.stride + _near(x.stride)), None),
+    Chunked: lambda x: (sparse.CHUNKED, _near(x.chunk), 0, None),
+    Prefix: lambda x: (sparse.PREFIX, _near(x.prompt), 0, None),
+    GlobalTokens: lambda x: (sparse.GLOBAL, len(x.runs), 0, torch.tensor([tuple(map(_near, run)) for run in x.runs])),
     Documents: lambda x: (sparse.DOCUMENTS, x.tensor.shape[1], 0, _stored(x.tensor, torch.int64)),
     Padding: lambda x: (sparse.PADDING, x.tensor.shape[1], 0, _stored(x.tensor, torch.uint8)),
-    BlockSparse: lambda x: (sparse.BLOCK_SPARSE, x.block, x.tensor.shape[2], _stored(x.tensor, torch.uint8)),
+    BlockSparse: lambda x: (sparse.BLOCK_SPARSE, _near(x.block), x.tensor.shape[2], _stored(x.tensor, torch.uint8)),
 }
 
 

@@ -326,7 +326,7 @@ def _packed(given: Given, options: Options, more: dict[str, Tensor | None]) -> b
     tensors: dict[str, Tensor | None] = {"q": q, "k": k, "v": v, "decay": log_decay, "beta": beta, "state": state}
     tensors |= more | {"keep": options.keep}
     decays = linear.DECAY_NONE
-    if log_decay is not None:
+    if log_decay is not None and log_decay.numel():  # torch has no address for nothing
         decays = linear.DECAY_CHANNEL if log_decay.dim() == 4 else linear.DECAY_TOKEN
     return native.pack_linear(
         *(0 if x is None else x.data_ptr() for x in (tensors.get(name) for name in POINTERS)),

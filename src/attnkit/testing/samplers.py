@@ -80,6 +80,12 @@ def _strided(x: Tensor) -> Tensor:
     return wide[..., ::2]
 
 
+def _far(x: Tensor) -> Tensor:
+    """Strides of dimensions of size 1 are never used, and torch leaves any number there."""
+    steps = [2**40 if size == 1 else step for size, step in zip(x.shape, x.contiguous().stride(), strict=True)]
+    return x.contiguous().as_strided(x.shape, steps)
+
+
 def _offset(x: Tensor) -> Tensor:
     flat = x.new_full((x.numel() + 1,), torch.nan)
     flat[1:] = x.flatten()
@@ -96,6 +102,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "sliced": _sliced,
     "innermost strided": _strided,
     "offset": _offset,
+    "far apart": _far,
 }
 
 

@@ -78,6 +78,8 @@ def call(
     where = "bigbird_attention"
     sizes = shapes.check(where, q=(q, "b h n d"), k=(k, "b g n d"), v=(v, "b g n e"))
     shapes.check_same(where, q=q, k=k, v=v)
+    if not isinstance(random_blocks, Tensor):
+        raise TypeError(f"{where}: random_blocks is a {type(random_blocks).__name__}, expected a tensor of integers")
     shapes.check_device(where, q=q, random_blocks=random_blocks)
     shapes.check_groups(where, sizes["h"], sizes["g"])
     if block < 1 or window < 1 or window % 2 == 0:

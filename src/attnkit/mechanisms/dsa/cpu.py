@@ -76,7 +76,7 @@ def _gathered(q: Tensor, latent: Tensor, kv_b: Tensor, index: tuple[Tensor, ...]
         chosen = choose(*part(index, start, end), n - m + end, top)
         return mla_listed(q[:, :, start:end], latent, kv_b, chosen, scale=scale)
 
-    o: Tensor = joined(rows, spans(m, max(1, PLACES // (q.shape[0] * top))))
+    o: Tensor = joined(rows, spans(m, max(1, PLACES // max(1, q.shape[0] * top))))
     return o
 
 
@@ -95,7 +95,7 @@ def _hidden(q: Tensor, latent: Tensor, kv_b: Tensor, index: tuple[Tensor, ...], 
         found: Tensor = softmax_attention(few, keys, values, bias=bias[:, None, :, :seen], scale=scale)
         return found
 
-    o: Tensor = joined(rows, spans(m, max(1, BIASES // (q.shape[0] * n))))
+    o: Tensor = joined(rows, spans(m, max(1, BIASES // max(1, q.shape[0] * n))))
     return o.to(q.dtype)
 
 

@@ -12,7 +12,7 @@ from attnkit.spec import Call
 def rejects(call: Call) -> tuple[str, ...]:
     q, v, projection = call["q"], call["v"], call["projection"]
     mapped = count(call["feature_map"], q.shape[3], 0 if projection is None else projection.shape[0])
-    found = reasons(q, mapped, v.shape[3] + 1)
+    found = reasons(q, mapped, v.shape[3] and v.shape[3] + 1)
     if not call["causal"]:
         found += ("causal is False, which is two products and has no native kernel",)
     return found

@@ -51,11 +51,12 @@ def _shapes(q: Tensor, latent: Tensor, kv_b: Tensor, left: int, right: int, scal
 def attend_to(q: Tensor, latent: Tensor, kv_b: Tensor, places: Tensor, scale: float) -> Tensor:
     """Each query over the latents at its ``places`` ``(b, m, c)``, int32, -1 from the end of a shorter list on."""
     # The kernel has a list for each sequence: a query goes over as a sequence of its own, which shares its latents.
-    rows = [
-        _run(x.transpose(0, 1)[:, :, None], y.expand(len(at), -1, -1, -1), kv_b, 0, 0, scale, at)
-        for x, y, at in zip(q, latent[:, None], places, strict=True)
-    ]
-    return torch.stack([x.squeeze(2).transpose(0, 1) for x in rows])
+    b, h, m, d = q.shape
+    o = q.new_empty(b, h, m, kv_b.shape[1] - d + latent.shape[3] - kv_b.shape[2])
+    for x, y, at, out in zip(q, latent[:, None], places, o, strict=True):
+        found = _run(x.transpose(0, 1)[:, :, None], y.expand(len(at), -1, -1, -1), kv_b, 0, 0, scale, at)
+        out.copy_(found.squeeze(2).transpose(0, 1))
+    return o
 
 
 def _run(

@@ -73,6 +73,7 @@ def call(
     where = "moba_attention"
     _check(where, q, k, v)
     check(where, block=block, top=top)
+    block = min(block, max(1, k.shape[2]))  # the one block of all keys can be no larger
     return {"q": q, "k": k, "v": v, "block": block, "top": top, "scale": _scale(q, scale)}
 
 

@@ -17,6 +17,7 @@ from attnkit.spec import Call
 
 # So few queries are served by the chunk backend, which packs nothing and fetches what a query chose.
 FEWEST_QUERIES = 2
+MOST_TOKENS = (1 << 31) - 1
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,6 +52,9 @@ def rejects(call: Call) -> tuple[str, ...]:
     for name, size in (("key", q.shape[3]), ("value", v.shape[3])):
         if not 1 <= size <= MOST_SIZE:
             reasons.append(f"{name} size is {size}, the native kernel takes 1 to {MOST_SIZE}")
+    for name in ("length", "block"):
+        if (size := getattr(call["blocks"], name)) > MOST_TOKENS:
+            reasons.append(f"{name} is {size}, the native kernel takes at most {MOST_TOKENS}")
     if not call["scale"] > 0:
         reasons.append(f"scale is {call['scale']}, the native kernel takes one above 0")
     if not call["causal"]:
@@ -96,7 +100,8 @@ def _coarse(q: Tensor, k: Tensor, v: Tensor, n: int, blocks: Blocks, scale: floa
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     (b, h, m, d), (g, c, e) = q.shape, v.shape[1:]
     o = torch.empty(b, h, m, e)
-    chosen = torch.empty(b, g, m, blocks.selected - 1, dtype=torch.int32)
+    most = min(blocks.selected, -(-n // blocks.block)) - 1  # there are no more to choose from
+    chosen = torch.empty(b, g, m, max(0, most), dtype=torch.int32)
     native.run(
         "coarse_forward",
         native.pack_coarse(

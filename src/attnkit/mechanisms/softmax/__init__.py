@@ -242,6 +242,8 @@ def softmax_attention_varlen(
 
 
 def _edges(where: str, name: str, offsets: Tensor, packed: Tensor) -> list[int]:
+    if offsets.is_floating_point() or offsets.is_meta:
+        raise TypeError(f"{where}: {name} is {offsets.dtype} on {offsets.device}, expected integers that can be read")
     edges: list[int] = offsets.tolist()
     rising = all(a <= b for a, b in zip(edges, edges[1:], strict=False))
     if len(edges) < 2 or edges[0] != 0 or edges[-1] != packed.shape[1] or not rising:
