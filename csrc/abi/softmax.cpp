@@ -58,8 +58,12 @@ int32_t check(const attnkit_softmax& s, const attnkit_softmax_gradients& g) {
   if (status != ATTNKIT_OK) return status;
   const bool rows = s.b > 0 && s.m > 0;
   if (rows && (!s.o || !s.lse || !g.d_o)) return ATTNKIT_BAD_SIZE;
-  if ((g.d_bias && (!s.bias || g.d_bias_n < 0 || g.d_bias_n > 1)) || (g.d_sink && !s.sink)) return ATTNKIT_BAD_SIZE;
-  return ATTNKIT_OK;
+  if (s.b > 0 && s.n > 0 && !(s.k && s.v)) return ATTNKIT_BAD_SIZE;  // read even where no query is
+  if (!in_range({{s.b, g.d_o_b}, {s.h, g.d_o_h}, {s.m, g.d_o_m}, {s.e, 1}})) return ATTNKIT_BAD_SIZE;
+  if (g.d_bias && (!s.bias || g.d_bias_n < 0 || g.d_bias_n > 1 ||
+                   !in_range({{s.b, g.d_bias_b}, {s.h, g.d_bias_h}, {s.m, g.d_bias_m}, {s.n, g.d_bias_n}})))
+    return ATTNKIT_BAD_SIZE;
+  return g.d_sink && !s.sink ? ATTNKIT_BAD_SIZE : ATTNKIT_OK;
 }
 
 bool nothing_to_do(const attnkit_softmax& s) { return s.b == 0 || s.m == 0; }
@@ -69,6 +73,10 @@ int64_t scratch_bytes(const Level& at, const attnkit_softmax& s) {
   const int32_t status = check_softmax(s);
   if (status != ATTNKIT_OK) return -status;
   return nothing_to_do(s) ? 0 : at.softmax.scratch_bytes(s);
+}
+int64_t scratch_bytes(const Level& at, const attnkit_softmax& s, const attnkit_softmax_gradients& g) {
+  const int32_t status = check(s, g);
+  return status == ATTNKIT_OK ? at.softmax.backward_scratch_bytes(s, g) : -status;
 }
 
 }  // namespace
@@ -90,15 +98,15 @@ int32_t attnkit_softmax_forward(const attnkit_softmax* call, void* scratch, int6
 }
 
 int64_t attnkit_softmax_backward_scratch_bytes(const attnkit_softmax* call, const attnkit_softmax_gradients* gradients) {
-  const int32_t status = check(*call, *gradients);
-  return status == ATTNKIT_OK ? level().softmax.backward_scratch_bytes(*call, *gradients) : -status;
+  return scratch_bytes(level(), *call, *gradients);
 }
 
 int32_t attnkit_softmax_backward(const attnkit_softmax* call, const attnkit_softmax_gradients* gradients, void* scratch,
-                                 int64_t scratch_bytes) {
-  const int64_t needed = attnkit_softmax_backward_scratch_bytes(call, gradients);
-  const int32_t status = scratch_status(needed, scratch, scratch_bytes);
+                                 int64_t bytes) {
+  const Level& at = level();
+  const int32_t status = scratch_status(scratch_bytes(at, *call, *gradients), scratch, bytes);
   if (status != ATTNKIT_OK) return status;
-  level().softmax.backward(*call, *gradients, static_cast<char*>(scratch));
+  if (call->offsets && !list_is_good(*call)) return ATTNKIT_BAD_MASK;
+  at.softmax.backward(*call, *gradients, static_cast<char*>(scratch));
   return ATTNKIT_OK;
 }
