@@ -3,9 +3,10 @@
 //   attnkit_tests [--rounds 300] [--seed 1] [--callers 1] [family ...]
 //
 // With several callers, as many threads run the families at once, level after level. `make sanitize` builds and runs this
-// under the sanitizers, `make neon` on an emulated ARM processor.
+// under the sanitizers, `make neon` on an emulated ARM processor: minutes, so it says every ten seconds how far it is.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdarg>
 #include <cstdlib>
 #include <string>
@@ -25,16 +26,25 @@ std::vector<Family>& families() {
 std::vector<int32_t> tested_levels;
 std::atomic<int64_t> calls{0}, bad{0};
 
-void run(const Family& family, int64_t rounds, uint64_t seed) {
+void run(const Family& family, int64_t rounds, uint64_t seed, bool speaks) {
+  using Clock = std::chrono::steady_clock;
   random_state = seed;
   for (int i = 0; i < 8; ++i) uniform();  // the first numbers of neighbouring seeds are alike
-  family.run(rounds);
+  Clock::time_point spoke = Clock::now();
+  for (int64_t done = 0; done < rounds;) {
+    const int64_t some = std::min<int64_t>(rounds - done, 20);
+    family.run(some);
+    done += some;
+    if (!speaks || Clock::now() - spoke < std::chrono::seconds(10)) continue;
+    spoke = Clock::now();
+    std::printf("%s: %lld of %lld rounds\n", family.name, static_cast<long long>(done), static_cast<long long>(rounds));
+  }
 }
 
 void run_at_once(const Family& family, int64_t rounds, uint64_t seed, int64_t callers) {
   std::vector<std::thread> threads;
   for (int64_t i = 0; i < callers; ++i)
-    threads.emplace_back([&, i] { run(family, rounds, seed + static_cast<uint64_t>(i)); });
+    threads.emplace_back([&, i] { run(family, rounds, seed + static_cast<uint64_t>(i), i == 0); });
   for (std::thread& thread : threads) thread.join();
 }
 
@@ -67,6 +77,7 @@ Scratch::Scratch(int64_t bytes) : bytes_(bytes) {
 Scratch::~Scratch() { std::free(data_); }
 
 int main(int count, char** words) {
+  std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);  // lines are read while it runs, and before a sanitizer ends it
   int64_t rounds = 300, callers = 1;
   uint64_t seed = 1;
   std::vector<std::string> wanted;
@@ -96,7 +107,7 @@ int main(int count, char** words) {
     const int64_t calls_before = calls, bad_before = bad;
     if (callers == 1) {
       tested_levels = runnable;
-      run(family, rounds, seed);
+      run(family, rounds, seed, true);
     } else {
       for (const int32_t level : runnable) {
         attnkit_set_level(level);

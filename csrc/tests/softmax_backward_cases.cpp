@@ -1,85 +1,101 @@
 // Gradients of softmax attention over odd sizes, every feature and dtype, against a plain double loop over stored o and lse.
-#include "tests.h"
+#include "softmax_call.h"
 
 namespace {
 
-// Contiguous tensors: what differs between layouts is tried on the forward pass, whose checks and packing these share.
-struct Case {
-  attnkit_softmax s{};
+const int64_t sizes[] = {1, 2, 3, 7, 16, 17, 31, 33, 47, 48, 49, 64, 65, 97, 130, 193, 257}, heads[] = {1, 2, 3};
+
+struct Case : SoftmaxCall {
   attnkit_softmax_gradients g{};
-  Numbers q, k, v, o, d_o, d_q, d_k, d_v;
-  std::vector<float> lse, d_lse, bias, sink, d_bias, d_sink;
+  Layout d_o_at;
+  Numbers d_o, d_q, d_k, d_v;
+  std::vector<float> rest, d_lse, d_bias, d_sink;
 
   Case(int64_t b, int64_t h, int64_t kv, int64_t m, int64_t n, int64_t d, int64_t e, int32_t dtype)
-      : q(b * h * m * d, dtype), k(b * kv * n * d, dtype), v(b * kv * n * e, dtype), o(b * h * m * e, dtype),
-        d_o(b * h * m * e, dtype), d_q(b * h * m * d, dtype), d_k(b * kv * n * d, dtype), d_v(b * kv * n * e, dtype),
-        lse(static_cast<size_t>(b * h * m)) {
-    s.q = q.data(), s.k = k.data(), s.v = v.data(), s.o = o.data(), s.lse = lse.data();
-    s.b = b, s.h = h, s.g = kv, s.m = m, s.n = n, s.d = d, s.e = e;
-    s.q_m = s.k_n = d, s.v_n = s.o_m = e;
-    s.q_h = m * d, s.k_g = n * d, s.v_g = n * e, s.o_h = m * e;
-    s.q_b = h * s.q_h, s.k_b = kv * s.k_g, s.v_b = kv * s.v_g, s.o_b = h * s.o_h;
-    s.left = s.right = int64_t{1} << 62;
-    s.mask_batches = s.mask_heads = 1;
-    s.threads = 1 + below(3);
-    s.dtype = dtype;
+      : SoftmaxCall(b, h, kv, m, n, d, e, dtype), d_o_at(b, h, m, e, true), d_o(d_o_at.count, dtype),
+        d_q(b * h * m * d, dtype), d_k(b * kv * n * d, dtype), d_v(b * kv * n * e, dtype) {
     s.scale = 0.1f;
-    g.d_o = d_o.data(), g.d_o_b = s.o_b, g.d_o_h = s.o_h, g.d_o_m = s.o_m;
-    g.d_q = d_q.data(), g.d_k = d_k.data(), g.d_v = d_v.data();
-    if (below(2)) fill(d_lse, b * h * m), g.d_lse = d_lse.data();
-    if (below(3) == 0) s.softcap = 2.0f;
-    if (below(3) == 0) fill(sink, h), s.sink = sink.data(), d_sink.resize(static_cast<size_t>(h)), g.d_sink = d_sink.data();
-    if (below(3) == 0) {  // shared by all batches
-      fill(bias, h * m * n), s.bias = bias.data(), d_bias.resize(bias.size()), g.d_bias = d_bias.data();
-      s.bias_h = g.d_bias_h = m * n, s.bias_m = g.d_bias_m = n, s.bias_n = g.d_bias_n = 1;
+    add_features();
+    g.d_o = d_o.data(), g.d_o_b = d_o_at.b, g.d_o_h = d_o_at.h, g.d_o_m = d_o_at.m;
+    if (below(8)) g.d_q = d_q.data();
+    if (below(8)) g.d_k = d_k.data();
+    if (below(8)) g.d_v = d_v.data();
+    if (below(2)) rest.resize(lse.size()), s.lse_rest = rest.data();
+    if (below(2)) {
+      for (size_t i = 0; i < lse.size(); ++i) d_lse.push_back(static_cast<float>(uniform()));
+      g.d_lse = d_lse.data();
     }
-    if (below(2)) s.left = below(n + 1), s.right = below(3);
+    if (s.sink && below(4)) d_sink.resize(sink.size()), g.d_sink = d_sink.data();
+    if (s.bias && below(4)) {
+      if (below(2)) s.bias_b = 0;  // shared by all batches
+      if (below(2)) s.bias_h = 0;
+      d_bias.resize(bias.size()), g.d_bias = d_bias.data();
+      g.d_bias_b = s.bias_b, g.d_bias_h = s.bias_h, g.d_bias_m = s.bias_m, g.d_bias_n = s.bias_n;
+    }
   }
 
-  bool run() {
-    for (float& x : d_bias) x = 0.0f;
+  void poison() {
+    for (float& x : d_bias) x = 0.0f;  // which is added to
+    for (float& x : d_sink) x = NAN;
     d_q.poison(), d_k.poison(), d_v.poison();
+  }
+
+  int32_t run() {
+    poison();
     Scratch first(attnkit_softmax_forward_scratch_bytes(&s));
-    if (attnkit_softmax_forward(&s, first.data(), first.bytes()) != ATTNKIT_OK) return false;
-    Scratch second(attnkit_softmax_backward_scratch_bytes(&s, &g));
-    return attnkit_softmax_backward(&s, &g, second.data(), second.bytes()) == ATTNKIT_OK;
+    const int32_t status = attnkit_softmax_forward(&s, first.data(), first.bytes());
+    if (status != ATTNKIT_OK) return status;
+    const int64_t needed = attnkit_softmax_backward_scratch_bytes(&s, &g);
+    Scratch second(needed < 0 ? 0 : needed);
+    return attnkit_softmax_backward(&s, &g, second.data(), second.bytes());
   }
 
   // Largest distance from the definition, relative to the largest gradient of its tensor or 1.
   double error() const {
-    std::vector<double> t_q(q.values.size()), t_k(k.values.size()), t_v(v.values.size()), t_bias(bias.size()), t_sink(sink.size());
+    std::vector<double> t_q(d_q.values.size()), t_k(d_k.values.size()), t_v(d_v.values.size());
+    std::vector<double> t_bias(d_bias.size()), t_sink(d_sink.size());
     for (int64_t row = 0; row < s.b * s.h * s.m; ++row) {
-      const int64_t i = row % s.m, h = row / s.m % s.h, kv = row / s.m / s.h * s.g + h / (s.h / s.g);
-      const double end = lse[row];
+      const int64_t i = row % s.m, h = row / s.m % s.h, b = row / s.m / s.h, kv = h / (s.h / s.g);
+      if (lse[row] == -INFINITY) continue;
+      const double end = lse[row] + (rest.empty() ? 0.0 : static_cast<double>(rest[row]));
+      const double* query = &q.values[b * s.q_b + h * s.q_h + i * s.q_m];
+      const double* slopes = &d_o.values[b * g.d_o_b + h * g.d_o_h + i * g.d_o_m];
       double delta = d_lse.empty() ? 0.0 : -d_lse[row];
-      for (int64_t c = 0; c < s.e; ++c) delta += o.read(row * s.e + c, s.dtype) * d_o.values[row * s.e + c];
-      if (s.sink) t_sink[h] -= std::exp(sink[h] - end) * delta;
+      for (int64_t c = 0; c < s.e; ++c)
+        delta += o.read(b * s.o_b + h * s.o_h + i * s.o_m + c, s.dtype) * slopes[c];
+      const double sunk = s.sink ? std::exp(sink[h] - end) * delta : 0.0;
+      if (g.d_sink) t_sink[h] -= sunk;
+      const int64_t bias_at = b * s.bias_b + h * s.bias_h + i * s.bias_m;
+      // One number for all keys moves the log-sum-exp, and weights only against the sink's.
+      if (g.d_bias && s.bias_n == 0) t_bias[bias_at] += sunk + (d_lse.empty() ? 0.0 : d_lse[row]);
       for (int64_t j = 0; j < s.n; ++j) {
-        const int64_t position = s.n - s.m + i;
-        if (j < position - s.left || j > position + s.right) continue;
+        if (!visible[row * s.n + j]) continue;
+        const double* key = &k.values[b * s.k_b + kv * s.k_g + j * s.k_n];
+        const double* value = &v.values[b * s.v_b + kv * s.v_g + j * s.v_n];
         double x = 0.0, slope = -delta, cap = 1.0;
-        for (int64_t c = 0; c < s.d; ++c) x += q.values[row * s.d + c] * k.values[(kv * s.n + j) * s.d + c];
-        for (int64_t c = 0; c < s.e; ++c) slope += d_o.values[row * s.e + c] * v.values[(kv * s.n + j) * s.e + c];
+        for (int64_t c = 0; c < s.d; ++c) x += query[c] * key[c];
+        for (int64_t c = 0; c < s.e; ++c) slope += slopes[c] * value[c];
         x *= s.scale;
         if (s.softcap > 0) {
           const double t = std::tanh(x / s.softcap);
           x = s.softcap * t, cap = 1.0 - t * t;
         }
-        const int64_t at = (h * s.m + i) * s.n + j;
-        if (s.bias) x += bias[at];
+        if (s.bias) x += bias[bias_at + j * s.bias_n];
+        if (s.alibi) x -= alibi[h] * std::abs(static_cast<double>(s.n - s.m + i - j));
         const double p = std::exp(x - end);
         slope *= p;
-        if (s.bias) t_bias[at] += slope;
+        if (g.d_bias && s.bias_n) t_bias[bias_at + j] += slope;
         slope *= cap * s.scale;
-        for (int64_t c = 0; c < s.e; ++c) t_v[(kv * s.n + j) * s.e + c] += p * d_o.values[row * s.e + c];
+        const int64_t key_at = (b * s.g + kv) * s.n + j;
+        for (int64_t c = 0; c < s.e; ++c) t_v[key_at * s.e + c] += p * slopes[c];
         for (int64_t c = 0; c < s.d; ++c) {
-          t_q[row * s.d + c] += slope * k.values[(kv * s.n + j) * s.d + c];
-          t_k[(kv * s.n + j) * s.d + c] += slope * q.values[row * s.d + c];
+          t_k[key_at * s.d + c] += slope * query[c];
+          t_q[row * s.d + c] += slope * key[c];
         }
       }
     }
     double worst = 0.0;
-    const auto compare = [&](const std::vector<double>& wanted, auto read) {
+    const auto compare = [&](const std::vector<double>& wanted, const auto& read) {
       double size = 1.0, far = 0.0;
       for (size_t i = 0; i < wanted.size(); ++i) {
         const double distance = std::fabs(read(static_cast<int64_t>(i)) - wanted[i]);
@@ -88,34 +104,85 @@ struct Case {
       }
       worst = std::fmax(worst, far / size);
     };
-    compare(t_q, [&](int64_t i) { return d_q.read(i, s.dtype); });
-    compare(t_k, [&](int64_t i) { return d_k.read(i, s.dtype); });
-    compare(t_v, [&](int64_t i) { return d_v.read(i, s.dtype); });
+    const auto judge = [&](const void* asked_for, const Numbers& got, const std::vector<double>& wanted) {
+      if (asked_for) return compare(wanted, [&](int64_t i) { return got.read(i, s.dtype); });
+      for (size_t i = 0; i < wanted.size(); ++i)
+        if (!got.is_poison(static_cast<int64_t>(i))) worst = INFINITY;
+    };
+    judge(g.d_q, d_q, t_q), judge(g.d_k, d_k, t_k), judge(g.d_v, d_v, t_v);
     compare(t_bias, [&](int64_t i) { return static_cast<double>(d_bias[i]); });
     compare(t_sink, [&](int64_t i) { return static_cast<double>(d_sink[i]); });
     return worst;
   }
-
- private:
-  static void fill(std::vector<float>& x, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) x.push_back(static_cast<float>(uniform()));
-  }
 };
 
+Case random_case() {
+  const int64_t kv = 1 + below(2), h = kv * pick(heads), b = below(30) ? 1 + below(2) : 0;
+  const int64_t m = below(30) ? pick(sizes) : 0, n = below(30) ? pick(sizes) : 0;
+  return Case(b, h, kv, m, n, pick(sizes), pick(sizes), static_cast<int32_t>(below(3)));
+}
+
+void test_answer() {
+  Case c = random_case();
+  for (const int32_t level : levels()) {
+    attnkit_set_level(level);
+    const int32_t status = c.run();
+    const double error = status == ATTNKIT_OK ? c.error() : INFINITY;
+    count_call();
+    if (!(error < allowed(c.s.dtype)))
+      fail("softmax_backward level %s dtype %d b %d h %d g %d m %d n %d d %d e %d%s%s%s%s: status %d, error %g",
+           attnkit_level_name(level), int(c.s.dtype), int(c.s.b), int(c.s.h), int(c.s.g), int(c.s.m), int(c.s.n),
+           int(c.s.d), int(c.s.e), c.s.bias ? " bias" : "", c.s.sink ? " sink" : "", c.s.alibi ? " alibi" : "",
+           c.s.offsets ? " blocks" : "", status, error);
+  }
+}
+
+// A call with one thing wrong with it is refused, and nothing is written.
+void test_refusal() {
+  Case c = random_case();
+  attnkit_softmax& s = c.s;
+  attnkit_softmax_gradients& g = c.g;
+  if (s.b == 0 || s.m == 0) return;
+  const int64_t absurd[] = {INT64_MIN, INT64_MIN + 1, -1, INT64_MAX, INT64_MAX - 1, int64_t{1} << 62, int64_t{1} << 57};
+  int64_t* const number[] = {&s.b,   &s.h,   &s.g,   &s.m,   &s.n,   &s.d,   &s.e,     &s.threads, &s.q_b,  &s.q_h, &s.q_m,
+                             &s.k_b, &s.k_g, &s.k_n, &s.v_b, &s.v_g, &s.v_n, &s.o_b,   &s.o_h,     &s.o_m,  &g.d_o_b,
+                             &g.d_o_h, &g.d_o_m};
+  int64_t* const of_bias[] = {&g.d_bias_b, &g.d_bias_h, &g.d_bias_m, &g.d_bias_n};
+  const int64_t what = below(6), needed = attnkit_softmax_backward_scratch_bytes(&s, &g);
+  int64_t short_of = 0, shift = 0;
+  int32_t expected = ATTNKIT_BAD_SIZE;
+  if (what == 0) *pick(number) = pick(absurd);
+  if (what == 1) {
+    if (!g.d_bias) return;
+    *pick(of_bias) = pick(absurd);
+  }
+  if (what == 2) s.dtype = below(2) ? 3 : -1, expected = ATTNKIT_BAD_DTYPE;
+  if (what == 3 && below(2)) s.lse = nullptr;
+  else if (what == 3) g.d_o = nullptr;
+  if (what == 4) {
+    if (needed < 64) return;
+    below(2) ? short_of = 1 + below(needed) : shift = 1 + below(63);
+    expected = ATTNKIT_SMALL_SCRATCH;
+  }
+  if (what == 5) {
+    if (c.columns.empty()) return;
+    c.columns[below(static_cast<int64_t>(c.columns.size()))] = below(2) ? -1 : INT32_MAX;
+    expected = ATTNKIT_BAD_MASK;
+  }
+  const Scratch scratch(needed - short_of + shift);
+  c.poison();
+  const int32_t status = attnkit_softmax_backward(&s, &g, scratch.data() + shift, scratch.bytes() - shift);
+  count_call();
+  if (status != expected) fail("softmax_backward refusal %d: status %d, expected %d", int(what), status, expected);
+  for (const Numbers* x : {&c.d_q, &c.d_k, &c.d_v})
+    for (size_t i = 0; i < x->values.size(); ++i)
+      if (!x->is_poison(static_cast<int64_t>(i))) return fail("softmax_backward refusal %d: something was written", int(what));
+}
+
 void run_softmax_backward(int64_t rounds) {
-  const int64_t sizes[] = {1, 2, 3, 7, 16, 17, 31, 33, 47, 48, 49, 64, 65, 97, 130, 193, 257}, heads[] = {1, 2, 3};
   for (int64_t round = 0; round < rounds; ++round) {
-    const int64_t kv = 1 + below(2), b = 1 + below(2);
-    Case c(b, kv * pick(heads), kv, pick(sizes), pick(sizes), pick(sizes), pick(sizes), static_cast<int32_t>(below(3)));
-    for (const int32_t level : levels()) {
-      attnkit_set_level(level);
-      const double error = c.run() ? c.error() : INFINITY;
-      count_call();
-      if (!(error < allowed(c.s.dtype)))
-        fail("softmax_backward round %d level %s dtype %d b %d h %d g %d m %d n %d d %d e %d: error %g", int(round),
-             attnkit_level_name(level), int(c.s.dtype), int(c.s.b), int(c.s.h), int(c.s.g), int(c.s.m), int(c.s.n),
-             int(c.s.d), int(c.s.e), error);
-    }
+    test_answer();
+    test_refusal();
   }
 }
 
