@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from attnkit.cli import main
 from attnkit.parity.families import build
-from attnkit.parity.folder import CONFIG, INDEX, WEIGHTS, read_folder
+from attnkit.parity.folder import CONFIG, INDEX, TOKENIZER, WEIGHTS, read_folder
 from attnkit.parity.loading import from_folder
 
 
@@ -97,6 +98,49 @@ def index(**weight_map: Any) -> Callable[[Path], None]:
     return lambda folder: (folder / INDEX).write_text(json.dumps({"weight_map": weight_map})) and None
 
 
+def sharded(change: Callable[[Path, Path], Any]) -> Callable[[Path], None]:
+    """Splits the weights over two files with an index, and breaks that."""
+
+    def split(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        (folder / WEIGHTS).unlink()
+        names = sorted(tensors)
+        shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+        for file, held in shards.items():
+            save_file({name: tensors[name] for name in held}, folder / file)
+        index(**{name: file for file, held in shards.items() for name in held})(folder)
+        change(folder / "a.safetensors", folder / "b.safetensors")
+
+    return split
+
+
+def swapped(a: Path, b: Path) -> None:
+    held = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(held)
+
+
+def moved_out(a: Path, b: Path) -> None:
+    outside = a.parent.parent / "outside.safetensors"
+    a.rename(outside)
+    a.symlink_to(outside)
+
+
+def a_pipe_for(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return change
+
+
+def long_header(folder: Path) -> None:
+    """A header of 100 MB, which is there: nothing but zeros, of which the file system keeps none."""
+    with (folder / WEIGHTS).open("wb") as opened:
+        opened.write(struct.pack("<Q", 100 << 20))
+        opened.truncate(200 << 20)
+
+
 class Canary:
     """A pickle of it writes a file when it is read."""
 
@@ -129,6 +173,15 @@ HOSTILE = {
     "a link to itself": (circle, ""),
     "index to the parent": (index(a="../x.safetensors"), "in the same folder"),
     "index to a pickle": (index(a="x.bin"), "expected the name of a safetensors file"),
+    "index to the parent's parent": (index(a="../../x.safetensors"), "in the same folder"),
+    "a shard cut short": (sharded(lambda a, b: a.write_bytes(a.read_bytes()[:-100])), "cut short"),
+    "a shard swapped for another": (sharded(swapped), "which it does not"),
+    "a shard twice": (sharded(lambda a, b: b.write_bytes(a.read_bytes())), "which it does not"),
+    "a shard missing": (sharded(lambda a, b: b.unlink()), "No such file"),
+    "a shard linked out of the folder": (sharded(moved_out), "a link out of the folder"),
+    "weights a pipe": (a_pipe_for(WEIGHTS), "not a regular file"),
+    "a tokenizer that is a pipe": (a_pipe_for(TOKENIZER), "not a regular file"),
+    "header of 100 MB": (long_header, "cut short or no safetensors"),
     "index that lies": (index(a=WEIGHTS), "which it does not"),
     "config no JSON": (text("{"), "cannot be read as JSON"),
     "config a list": (text("[]"), "expected an object"),
