@@ -1,8 +1,9 @@
-"""Memory for results: where it is large, the operating system is asked for huge pages.
+"""Memory for results and for decoding states: where it is large, the operating system is asked for huge pages.
 
 The C library gives memory of 32 MiB or more back when a tensor goes, and often less than that: each result is then made
 of new pages, and a page is found by an interrupt on its first byte. To write 32 MiB so took 18 ms of a core, 5 ms in
-huge pages, and 2 ms in pages that were there (a Zen 4 core, Linux in a virtual machine).
+huge pages, and 2 ms in pages that were there (a Zen 4 core, Linux in a virtual machine). A state is read from end to end
+for every token, and finding out where each page of 4 KiB lies takes longer than reading its quantised numbers.
 """
 
 from __future__ import annotations
@@ -33,7 +34,15 @@ _advise = _advice()
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """``like.new_empty(shape)``, on huge pages where the system has some to give; that is advice and cannot fail."""
-    made = like.new_empty(shape, dtype=dtype or like.dtype)
+    return _advised(like.new_empty(shape, dtype=dtype or like.dtype))
+
+
+def zeros(*shape: int, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
+    """``torch.zeros(shape)``, on huge pages as ``empty``."""
+    return _advised(torch.empty(shape, dtype=dtype, device=device)).zero_()
+
+
+def _advised(made: Tensor) -> Tensor:
     size = made.numel() * made.element_size()
     if size >= LARGE and _advise is not None and made.device.type == "cpu":
         start = -(-made.data_ptr() // PAGE) * PAGE

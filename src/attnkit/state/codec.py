@@ -31,6 +31,7 @@ from torch import Tensor
 
 from attnkit.costs import GROUP as GROUP
 from attnkit.costs import packed_bytes as packed_bytes
+from attnkit.native import memory
 
 _Rows = TypeVar("_Rows")
 
@@ -51,8 +52,8 @@ class ScaledRows:
 
     def __init__(self, codec: str, batch: int, heads: int, capacity: int, size: int, device: Any) -> None:
         self.codec = codec
-        self.codes = torch.zeros(batch, heads, capacity, size, dtype=torch.uint8, device=device)
-        self.scale = torch.zeros(batch, heads, capacity, dtype=torch.float32, device=device)
+        self.codes = memory.zeros(batch, heads, capacity, size, dtype=torch.uint8, device=device)
+        self.scale = memory.zeros(batch, heads, capacity, dtype=torch.float32, device=device)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -80,8 +81,8 @@ class GroupedValues:
     def __init__(self, batch: int, heads: int, capacity: int, size: int, device: Any) -> None:
         self.size = size
         groups = -(-size // CHANNELS)
-        self.codes = torch.zeros(batch, heads, capacity, packed_bytes(size), dtype=torch.uint8, device=device)
-        self.scale = torch.zeros(batch, heads, capacity, groups, dtype=torch.bfloat16, device=device)
+        self.codes = memory.zeros(batch, heads, capacity, packed_bytes(size), dtype=torch.uint8, device=device)
+        self.scale = memory.zeros(batch, heads, capacity, groups, dtype=torch.bfloat16, device=device)
         self.zero = torch.zeros_like(self.scale)
 
     @property
@@ -118,12 +119,12 @@ class GroupedKeys:
         self.size = size
         groups = capacity // GROUP
         # A group more than can be full, so that no tensor is empty and the kernel has an address.
-        self.codes = torch.zeros(
+        self.codes = memory.zeros(
             batch, heads, (groups + 1) * GROUP, packed_bytes(size), dtype=torch.uint8, device=device
         )
-        self.scale = torch.zeros(batch, heads, groups + 1, size, dtype=torch.bfloat16, device=device)
+        self.scale = memory.zeros(batch, heads, groups + 1, size, dtype=torch.bfloat16, device=device)
         self.zero = torch.zeros_like(self.scale)
-        self.recent = torch.zeros(batch, heads, 2 * GROUP, size, dtype=dtype, device=device)
+        self.recent = memory.zeros(batch, heads, 2 * GROUP, size, dtype=dtype, device=device)
         self.kept = 0  # tokens from here on are still in the ring
 
     @property

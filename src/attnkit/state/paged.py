@@ -8,6 +8,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from attnkit.native import memory
 from attnkit.state.tokens import check_new_tokens
 from attnkit.state.view import View
 
@@ -40,8 +41,8 @@ class PagePool:
                 "expected >= 1 of each"
             )
         # Zeros: a NaN that nobody wrote would still be NaN to a backend that multiplies hidden values by 0.
-        self.k = torch.zeros(pages, heads, page, key_size, dtype=dtype, device=device)
-        self.v = torch.zeros(pages, heads, page, value_size, dtype=dtype, device=device)
+        self.k = memory.zeros(pages, heads, page, key_size, dtype=dtype, device=device)
+        self.v = memory.zeros(pages, heads, page, value_size, dtype=dtype, device=device)
         self.page = page
         self.keeper: Keeper | None = None
         self._free = list(range(pages - 1, -1, -1))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnkit import shapes
+from attnkit.native import memory
 
 
 class TokenState:
@@ -42,7 +43,7 @@ class TokenState:
             raise ValueError(f"{owner}: dtypes names {sorted(unknown)}, expected some of {list(fields)}")
         # Zeros and not empty: an uninitialised NaN behind a mask is still NaN to a backend that multiplies by 0.
         self._buffers = {
-            name: torch.zeros(batch, heads, capacity, size, dtype=kept.get(name, dtype), device=device)
+            name: memory.zeros(batch, heads, capacity, size, dtype=kept.get(name, dtype), device=device)
             for name, (heads, size) in fields.items()
         }
         self._owner = owner
@@ -107,7 +108,9 @@ class TokenState:
         other.__dict__.update(self.__dict__)
         other._buffers = {}
         for name, held in self.view().items():
-            other._buffers[name] = held.new_zeros(*held.shape[:2], capacity, held.shape[3])
+            other._buffers[name] = memory.zeros(
+                *held.shape[:2], capacity, held.shape[3], dtype=held.dtype, device=held.device
+            )
             other._buffers[name][:, :, : self.length] = held
         return other
 
