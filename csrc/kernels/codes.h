@@ -1,15 +1,14 @@
-// Attention of 16-bit queries over byte codes, multiplied as whole numbers where they lie in the cache.
+// Attention of 16-bit queries over byte codes, multiplied where they lie in the cache: nothing is converted ahead of time.
 //
-// A query row becomes 16-bit whole numbers, its largest magnitude about 2^15, in two planes of signed bytes:
-// q ~ factor * (256 high + low). So a row is off by at most 2^-16 of its largest number, less than what rounding weights
-// to bfloat16 would cost. One instruction adds 64 products of bytes; a key's sum over the high plane, moved up by 8
-// bits, goes on over the low one, exactly, in 32 bits. The weights of a tile, each already multiplied by its token's
-// scale, are split the same way into planes of unsigned bytes against their largest. Values are regrouped so that four
-// tokens of one channel lie side by side; sums of a tile stay whole numbers and join the row's float32 sums once.
+// A code is multiplied twice, once in each of two planes (ByteForm and FloatForm say what those are); one instruction adds
+// 64 products of whole bytes, or 32 of the numbers that every second byte is. The weights of a tile, each already
+// multiplied by its token's scale, are taken against their largest. Keys are regrouped so that four tokens lie side by
+// side with four channels each, values so that four tokens of one channel do; sums of a tile join the row's float32 sums
+// once.
 //
-// Blocking: 32 keys. Four rows by four keys of products, as each gives one vector of sums; four rows by 64 channels of
-// values. A Zen 4 core makes one such instruction a cycle, 4 rows of 128 channels need 32 for a key and its value: at
-// 3.7 GHz a cache of bytes could be read at 30 GB/s.
+// Blocking: 32 keys. Four rows by sixteen keys of products; four rows by 64 channels of values. A Zen 4 core makes one
+// such instruction a cycle, 4 rows of 128 channels need 32 for a key and its value: at 3.7 GHz a cache of bytes could be
+// read at 30 GB/s.
 
 #if defined(ATTNKIT_BYTE_DOT)
 // The largest whole number of a query, such that no sum over up to 576 channels leaves 32 bits.
@@ -43,11 +42,157 @@ ATTNKIT_INLINE Ints largest_everywhere(Ints x) {
   return _mm512_set1_epi32(static_cast<int>(_mm512_reduce_max_epu32(x)));
 }
 
-// Signed bytes with a scale for each token.
-template <class A, class R>
+// Scale factors of four rows, each in a 128-bit part of its own, for one of them everywhere.
+template <int kRow>
+ATTNKIT_INLINE Vec part_everywhere(Vec x) {
+  return _mm512_shuffle_f32x4(x, x, 0x55 * kRow);
+}
+ATTNKIT_INLINE void store_plane(void* to, Ints low_bytes) {
+  _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8(low_bytes));
+}
+// Each four bytes four times in a row.
+ATTNKIT_INLINE void repeat_fours(void* to, Bytes x) {
+  char* at = static_cast<char*>(to);
+  _mm512_storeu_si512(at, _mm512_shuffle_epi32(x, _MM_PERM_AAAA));
+  _mm512_storeu_si512(at + 64, _mm512_shuffle_epi32(x, _MM_PERM_BBBB));
+  _mm512_storeu_si512(at + 128, _mm512_shuffle_epi32(x, _MM_PERM_CCCC));
+  _mm512_storeu_si512(at + 192, _mm512_shuffle_epi32(x, _MM_PERM_DDDD));
+}
+
+// Signed bytes. A query row becomes 16-bit whole numbers, its largest magnitude about 2^15, in two planes of signed bytes:
+// q ~ factor * (256 high + low). So a row is off by at most 2^-16 of its largest number, less than what rounding weights
+// to bfloat16 would cost. A sum over the high plane, moved up by 8 bits, goes on over the low one, exactly, in 32 bits.
+// Weights are split the same way into planes of unsigned bytes; keys count from 1 to 255 and values from -127 to 127.
+struct ByteForm {
+  static constexpr int kKeyTop = 0x80;  // what is flipped in the bytes of keys
+  using Scale = WholeScale;
+  static ATTNKIT_INLINE Scale weight_scale(Ints largest_bits) { return {largest_bits, 65535.0f}; }
+
+  // Two planes of one query row, `bytes` channels each, and what 1 in the low one stands for; returns the products' share
+  // that comes from codes being moved up.
+  template <class A>
+  static int32_t take_query(const A* q, int64_t d, int64_t bytes, int8_t* to, float* stands_for) {
+    Ints bits = zero_ints();
+    for (int64_t j = 0; j < d; j += kWidth) bits = larger_bits(bits, load_some(q + j, d - j));
+    const WholeScale scale(largest_everywhere(bits), largest_query(d));
+    const Ints half = _mm512_set1_epi32(128);
+    Ints sum = zero_ints();
+    for (int64_t j = 0; j < bytes; j += 64) {
+      alignas(64) int8_t high[64], low[64];
+      for (int64_t i = 0; i < 64; i += kWidth) {
+        const Ints whole = whole_numbers(j + i < d ? load_some(q + j + i, d - j - i) : zero(), scale.up);
+        sum = _mm512_add_epi32(sum, whole);
+        store_plane(high + i, _mm512_srai_epi32(_mm512_add_epi32(whole, half), 8));
+        store_plane(low + i, whole);
+      }
+      repeat_fours(to + 4 * j, load_bytes(high));
+      repeat_fours(to + 4 * (bytes + j), load_bytes(low));
+    }
+    *stands_for = _mm512_cvtss_f32(scale.down);
+    return _mm512_reduce_add_epi32(sum) * -128;
+  }
+  // Weights of 32 tokens in two planes of 32 bytes.
+  static ATTNKIT_INLINE void store_weights(uint8_t* to, Vec first, Vec second, Vec up) {
+    const Ints a = whole_numbers(first, up), b = whole_numbers(second, up);
+    store_plane(to, _mm512_srli_epi32(a, 8));
+    store_plane(to + kWidth, _mm512_srli_epi32(b, 8));
+    store_plane(to + kWalkKeys, a);
+    store_plane(to + kWalkKeys + kWidth, b);
+  }
+  static ATTNKIT_INLINE Ints whole_numbers(Vec x, Vec up) {
+    return _mm512_maskz_cvtps_epi32(bits_unequal(up, 0.0f), x * up);
+  }
+
+  template <int kPlane>
+  static ATTNKIT_INLINE Bytes factors(Bytes codes) {
+    return codes;
+  }
+  static ATTNKIT_INLINE Ints dot_keys(Ints sum, Bytes keys, Bytes queries) { return dot_bytes(sum, keys, queries); }
+  static ATTNKIT_INLINE Ints dot_values(Ints sum, Bytes values, Bytes weights) { return dot_bytes(sum, weights, values); }
+  static ATTNKIT_INLINE Ints after_high(Ints sum) { return _mm512_slli_epi32(sum, 8); }
+  static ATTNKIT_INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+  static ATTNKIT_INLINE Vec number(Ints sum, int32_t more = 0) {
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(sum, _mm512_set1_epi32(more)));
+  }
+};
+
+#if defined(ATTNKIT_BF16_DOT)
+// What numbers are multiplied by, as a power of two, so that the largest has exponent 120, and what 2^120 times the numbers
+// that e4m3 codes are taken for then stands for. Zeros and broken numbers as in WholeScale.
+struct PowerScale {
+  Vec up, down;
+  explicit ATTNKIT_INLINE PowerScale(Ints largest_bits) {
+    const Vec largest = _mm512_castsi512_ps(largest_bits), power = _mm512_getexp_ps(largest);
+    const __mmask16 ends = _mm512_cmp_ps_mask(largest, splat(kInfinity), _CMP_LT_OQ);
+    const __mmask16 counts = ends & _mm512_cmp_ps_mask(largest, splat(0x1p-110f), _CMP_GT_OQ);
+    up = select(counts, splat(120.0f) - power, -kInfinity);
+    down = select(ends, _mm512_maskz_scalef_ps(counts, splat(1.0f), power), __builtin_nanf(""));
+  }
+};
+
+// e4m3 bytes. The bits of a code, moved to where bfloat16 has its exponent, are 2^-120 of its number: bytes 1 and 3 of each
+// four need a shift and a mask, bytes 0 and 2 a shift more, and there is no table. Those are the two planes. Queries and
+// weights are bfloat16 numbers near 2^120, queries exactly, weights rounded as prefill rounds them.
+struct FloatForm {
+  static constexpr int kKeyTop = 0;
+  using Scale = PowerScale;
+  static ATTNKIT_INLINE Scale weight_scale(Ints largest_bits) { return Scale(largest_bits); }
+
+  static int32_t take_query(const BFloat16* q, int64_t d, int64_t bytes, int8_t* to, float* stands_for) {
+    Ints bits = zero_ints();
+    for (int64_t j = 0; j < d; j += kWidth) bits = larger_bits(bits, load_some(q + j, d - j));
+    const PowerScale scale(largest_everywhere(bits));
+    const Ints even = _mm512_setr_epi32(0x20000, 0x60004, 0xa0008, 0xe000c, 0x120010, 0x160014, 0x1a0018, 0x1e001c, 0x220020,
+                                        0x260024, 0x2a0028, 0x2e002c, 0x320030, 0x360034, 0x3a0038, 0x3e003c);
+    const Ints odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+    for (int64_t j = 0; j < bytes; j += 64) {
+      Ints words[2];
+      for (int64_t i = 0; i < 2; ++i) {
+        Vec x[2];
+        for (int64_t c = 0; c < 2; ++c) {
+          const int64_t at = j + (2 * i + c) * kWidth;
+          x[c] = _mm512_scalef_ps(at < d ? load_some(q + at, d - at) : zero(), scale.up);
+        }
+        words[i] = narrow_pair(x[0], x[1]);
+      }
+      repeat_fours(to + 4 * j, _mm512_permutex2var_epi16(words[0], odd, words[1]));
+      repeat_fours(to + 4 * (bytes + j), _mm512_permutex2var_epi16(words[0], even, words[1]));
+    }
+    *stands_for = _mm512_cvtss_f32(scale.down);
+    return 0;
+  }
+  static ATTNKIT_INLINE void store_weights(uint8_t* to, Vec first, Vec second, Vec up) {
+    const Ints words = narrow_pair(_mm512_scalef_ps(first, up), _mm512_scalef_ps(second, up));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kWalkKeys), _mm512_cvtepi32_epi16(words));
+  }
+
+  template <int kPlane>
+  static ATTNKIT_INLINE Bytes factors(Bytes codes) {
+    if constexpr (kPlane == 1) codes = _mm512_slli_epi16(codes, 8);
+    return _mm512_and_si512(_mm512_srai_epi16(codes, 4), _mm512_set1_epi16(static_cast<int16_t>(0x87f0)));
+  }
+  static ATTNKIT_INLINE Ints dot_keys(Ints sum, Bytes keys, Bytes queries) { return dot(sum, keys, queries); }
+  static ATTNKIT_INLINE Ints dot_values(Ints sum, Bytes values, Bytes weights) { return dot(sum, values, weights); }
+  static ATTNKIT_INLINE Ints after_high(Ints sum) { return sum; }
+  static ATTNKIT_INLINE Ints add(Ints a, Ints b) {
+    return _mm512_castps_si512(_mm512_castsi512_ps(a) + _mm512_castsi512_ps(b));
+  }
+  static ATTNKIT_INLINE Vec number(Ints sum, int32_t = 0) { return _mm512_castsi512_ps(sum); }
+
+ private:
+  static ATTNKIT_INLINE Ints dot(Ints sum, Bytes a, Bytes b) {
+    return _mm512_castps_si512(dot_pairs(_mm512_castsi512_ps(sum), a, b));
+  }
+};
+#endif
+
+// Byte codes with a scale for each token.
+template <class Form, class A>
 struct ByteCodes {
   using Asked = A;
   using Number = uint8_t;
+  using R = EvenRows<uint8_t>;
   using Rows = R;
   static constexpr bool kScales = true, kConverts = false, kMultiplies = true;
 
@@ -61,9 +206,10 @@ struct ByteCodes {
 
   void open(Tile<R>& tile, uint8_t* memory, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end,
             int64_t next, int64_t n) const {
-    const RowPlaces<uint8_t> keys = places(c_.k, c_.k_b, c_.k_g, c_.k_n, batch, group);
+    const uint8_t* k = static_cast<const uint8_t*>(c_.k) + batch * c_.k_b + group * c_.k_g;
+    const uint8_t* v = static_cast<const uint8_t*>(c_.v) + batch * c_.v_b + group * c_.v_g;
+    const RowPlaces<uint8_t> keys = {k, c_.k_n, nullptr, 1, 0}, values = {v, c_.v_n, nullptr, 1, 0};
     keys.find(tile.keys, first, begin, end);
-    const RowPlaces<uint8_t> values = places(c_.v, c_.v_b, c_.v_g, c_.v_n, batch, group);
     values.find(tile.values, first, begin, end);
     tile.fetch = next < n;
     if (tile.fetch) {
@@ -92,27 +238,7 @@ struct ByteCodes {
   // One query row, in the order of regrouped keys: each four channels four times in a row.
   void take_query(uint8_t* memory, const A* q, int64_t r) const {
     const Memory w(*this, memory);
-    Ints bits = zero_ints();
-    for (int64_t j = 0; j < c_.d; j += kWidth) bits = larger_bits(bits, load_some(q + j, c_.d - j));
-    const WholeScale scale(largest_everywhere(bits), largest_query(c_.d));
-    const Ints half = _mm512_set1_epi32(128);
-    const __mmask16 counts = bits_unequal(scale.up, 0.0f);
-    Ints sum = zero_ints();
-    int8_t* to = w.queries + 8 * r * key_bytes_;
-    for (int64_t j = 0; j < key_bytes_; j += 64) {
-      alignas(64) int8_t high[64], low[64];
-      for (int64_t i = 0; i < 64; i += kWidth) {
-        const Vec x = j + i < c_.d ? load_some(q + j + i, c_.d - j - i) : zero();
-        const Ints whole = _mm512_maskz_cvtps_epi32(counts, x * scale.up);
-        sum = _mm512_add_epi32(sum, whole);
-        store_plane(high + i, _mm512_srai_epi32(_mm512_add_epi32(whole, half), 8));
-        store_plane(low + i, whole);
-      }
-      repeat_fours(to + 4 * j, load_bytes(high));
-      repeat_fours(to + 4 * (key_bytes_ + j), load_bytes(low));
-    }
-    w.query_scales[r] = _mm512_cvtss_f32(scale.down);
-    w.query_sums[r] = _mm512_reduce_add_epi32(sum) * -128;
+    w.query_sums[r] = Form::take_query(q, c_.d, key_bytes_, w.queries + 8 * r * key_bytes_, w.query_scales + r);
   }
 
   // As Decode::score.
@@ -130,21 +256,18 @@ struct ByteCodes {
       for (int i = 0; i < kCount; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) acc[i][j] = zero_ints();
-      for (int64_t plane = 0; plane < 2; ++plane) {
-        if (plane == 1) move_up(acc);
+      in_planes(acc, [&](auto plane) {
         for (int64_t j = 0; j < steps; ++j) {
           if (key < kWalkKeys) prefetch_row(tile.next[key++], c_.d);
           if (j % 2 == 1 && unit < last_unit) regroup(w.values, tile.values, c_.e, begin, end, whole, unit++, turn_values);
-          add_products(acc, keys + j * kFours * 64, queries + (plane * 4 * key_bytes_ + j * 64), 8 * key_bytes_);
+          add_products<plane.number>(acc, keys + j * kFours * 64, queries + (plane.number * 4 * key_bytes_ + j * 64),
+                                     8 * key_bytes_);
         }
-      }
+      });
 #pragma GCC unroll 4
       for (int i = 0; i < kCount; ++i) {
-        const Ints sums = join_parts(acc[i][0], acc[i][1], acc[i][2], acc[i][3],
-                                     [](Ints a, Ints b) { return _mm512_add_epi32(a, b); });
-        store(scores + i * kScoreRow + c,
-              _mm512_cvtepi32_ps(_mm512_add_epi32(sums, _mm512_set1_epi32(w.query_sums[r + i]))) *
-                  splat(w.query_scales[r + i]));
+        const Ints sums = join_parts(acc[i][0], acc[i][1], acc[i][2], acc[i][3], Form::add);
+        store(scores + i * kScoreRow + c, Form::number(sums, w.query_sums[r + i]) * splat(w.query_scales[r + i]));
       }
     }
     while (key < kWalkKeys) prefetch_row(tile.next[key++], c_.d);
@@ -157,6 +280,7 @@ struct ByteCodes {
                     int64_t r) const {
     const Memory w(*this, memory);
     constexpr int kVectors = kWalkKeys / kWidth;
+    static_assert(kVectors == 2, "a tile's weights are two vectors");
     Vec x[kCount][kVectors];
     Ints bits[kCount];
 #pragma GCC unroll 4
@@ -176,19 +300,12 @@ struct ByteCodes {
                               [](Ints a, Ints b) { return _mm512_max_epu32(a, b); });
     largest = _mm512_max_epu32(largest, _mm512_shuffle_epi32(largest, _MM_PERM_BADC));
     largest = _mm512_max_epu32(largest, _mm512_shuffle_epi32(largest, _MM_PERM_CDAB));
-    const WholeScale scale(largest, 65535.0f);
-    const Vec ups[4] = {_mm512_shuffle_f32x4(scale.up, scale.up, 0x00), _mm512_shuffle_f32x4(scale.up, scale.up, 0x55),
-                        _mm512_shuffle_f32x4(scale.up, scale.up, 0xaa), _mm512_shuffle_f32x4(scale.up, scale.up, 0xff)};
+    const typename Form::Scale scale = Form::weight_scale(largest);
+    const Vec ups[4] = {part_everywhere<0>(scale.up), part_everywhere<1>(scale.up), part_everywhere<2>(scale.up),
+                        part_everywhere<3>(scale.up)};
     store(w.weight_scales + 4 * r, scale.down);
 #pragma GCC unroll 4
-    for (int i = 0; i < kCount; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) {
-        const Ints whole = _mm512_maskz_cvtps_epi32(bits_unequal(ups[i], 0.0f), x[i][j] * ups[i]);
-        uint8_t* to = w.weights + 2 * (r + i) * kWalkKeys + j * kWidth;
-        store_plane(to, _mm512_srli_epi32(whole, 8));
-        store_plane(to + kWalkKeys, whole);
-      }
+    for (int i = 0; i < kCount; ++i) Form::store_weights(w.weights + 2 * (r + i) * kWalkKeys, x[i][0], x[i][1], ups[i]);
   }
 
   template <int kCount>
@@ -209,15 +326,14 @@ struct ByteCodes {
       for (int i = 0; i < kCount; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) acc[i][j] = zero_ints();
-      for (int64_t plane = 0; plane < 2; ++plane) {
-        if (plane == 1) move_up(acc);
+      in_planes(acc, [&](auto plane) {
         for (int64_t f = four; f < fours; ++f) {
           if (fetch)
-            for (int64_t c = 0; c < 2; ++c) prefetch_row(tile.next_values[4 * f + 2 * plane + c] + column, part);
+            for (int64_t c = 0; c < 2; ++c) prefetch_row(tile.next_values[4 * f + 2 * plane.number + c] + column, part);
           if (f % 2 == 1 && unit < last_unit) regroup(w.keys, tile.next, c_.d, 0, kWalkKeys, whole, unit++, turn_keys);
-          add_weighted(acc, values + f * 64, weights + plane * kWalkKeys + 4 * f);
+          add_weighted<plane.number>(acc, values + f * 64, weights + plane.number * kWalkKeys + 4 * f);
         }
-      }
+      });
 #pragma GCC unroll 4
       for (int i = 0; i < kCount; ++i)
         add_sums(sums + i * stride + column, acc[i], splat(w.weight_scales[4 * r + 4 * i]), c_.e - column);
@@ -258,21 +374,6 @@ struct ByteCodes {
     }
   };
 
-  RowPlaces<uint8_t> places(const void* rows, int64_t b, int64_t g, int64_t n, int64_t batch, int64_t group) const {
-    const uint8_t* base = static_cast<const uint8_t*>(rows) + group * g;
-    if (!c_.pages) return {base + batch * b, n, nullptr, 1, 0};
-    return {base, n, c_.pages + batch * c_.pages_b, c_.page, b};
-  }
-  static ATTNKIT_INLINE void store_plane(void* to, Ints low_bytes) {
-    _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8(low_bytes));
-  }
-  static ATTNKIT_INLINE void repeat_fours(int8_t* to, Bytes x) {
-    _mm512_storeu_si512(to, _mm512_shuffle_epi32(x, _MM_PERM_AAAA));
-    _mm512_storeu_si512(to + 64, _mm512_shuffle_epi32(x, _MM_PERM_BBBB));
-    _mm512_storeu_si512(to + 128, _mm512_shuffle_epi32(x, _MM_PERM_CCCC));
-    _mm512_storeu_si512(to + 192, _mm512_shuffle_epi32(x, _MM_PERM_DDDD));
-  }
-
   // A tile is regrouped in units: 64 channels of four tokens become four vectors, in whose 128-bit part p are channels from
   // 16 p on. Vector v of tokens 4 f to 4 f + 3 and channels from 64 j on is number (4 j + v) * kFours + f, its unit number
   // f * channels / 64 + j. A token outside [begin, end) is not read.
@@ -296,9 +397,9 @@ struct ByteCodes {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + i * kFours * 64, x[i]);
   }
-  // Keys: four channels of one token in 32 bits, four tokens side by side; unsigned from 1 to 255.
+  // Keys: four channels of one token in 32 bits, four tokens side by side.
   static ATTNKIT_INLINE void turn_keys(Bytes (&x)[4]) {
-    const Bytes top = _mm512_set1_epi8(-128);
+    const Bytes top = _mm512_set1_epi8(static_cast<char>(Form::kKeyTop));
     const Bytes a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
     const Bytes c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
     x[0] = _mm512_xor_si512(_mm512_unpacklo_epi64(a, c), top);
@@ -313,15 +414,22 @@ struct ByteCodes {
     x[0] = _mm512_unpacklo_epi16(a, c), x[1] = _mm512_unpackhi_epi16(a, c);
     x[2] = _mm512_unpacklo_epi16(b, d), x[3] = _mm512_unpackhi_epi16(b, d);
   }
-  template <int kCount>
-  static ATTNKIT_INLINE void move_up(Ints (&acc)[kCount][4]) {
+  // Calls f for both planes.
+  template <int kPlane>
+  struct Plane {
+    static constexpr int number = kPlane;
+  };
+  template <int kCount, class F>
+  static ATTNKIT_INLINE void in_planes(Ints (&acc)[kCount][4], F f) {
+    f(Plane<0>());
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) acc[i][j] = _mm512_slli_epi32(acc[i][j], 8);
+      for (int j = 0; j < 4; ++j) acc[i][j] = Form::after_high(acc[i][j]);
+    f(Plane<1>());
   }
   // 16 keys by one vector of each row.
-  template <int kCount>
+  template <int kPlane, int kCount>
   static ATTNKIT_INLINE void add_products(Ints (&acc)[kCount][4], const uint8_t* keys, const int8_t* queries,
                                           int64_t stride) {
     Bytes q[kCount];
@@ -329,13 +437,13 @@ struct ByteCodes {
     for (int i = 0; i < kCount; ++i) q[i] = load_bytes(queries + i * stride);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const Bytes x = load_bytes(keys + 64 * j);
+      const Bytes x = Form::template factors<kPlane>(load_bytes(keys + 64 * j));
 #pragma GCC unroll 4
-      for (int i = 0; i < kCount; ++i) acc[i][j] = dot_bytes(acc[i][j], x, q[i]);
+      for (int i = 0; i < kCount; ++i) acc[i][j] = Form::dot_keys(acc[i][j], x, q[i]);
     }
   }
   // Four values of 64 channels by one weight each.
-  template <int kCount>
+  template <int kPlane, int kCount>
   static ATTNKIT_INLINE void add_weighted(Ints (&acc)[kCount][4], const uint8_t* values, const uint8_t* weights) {
     Bytes w[kCount];
 #pragma GCC unroll 4
@@ -346,9 +454,9 @@ struct ByteCodes {
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const Bytes x = load_bytes(values + 64 * kFours * j);
+      const Bytes x = Form::template factors<kPlane>(load_bytes(values + 64 * kFours * j));
 #pragma GCC unroll 4
-      for (int i = 0; i < kCount; ++i) acc[i][j] = dot_bytes(acc[i][j], w[i], x);
+      for (int i = 0; i < kCount; ++i) acc[i][j] = Form::dot_values(acc[i][j], x, w[i]);
     }
   }
   // Channels back into their order, and onto the sums of one row.
@@ -360,7 +468,7 @@ struct ByteCodes {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j)
       if (j * kWidth < count)
-        store(sums + j * kWidth, fma(_mm512_cvtepi32_ps(in_order[j]), scale, load(sums + j * kWidth)));
+        store(sums + j * kWidth, fma(Form::number(in_order[j]), scale, load(sums + j * kWidth)));
   }
 
   const attnkit_cache& c_;

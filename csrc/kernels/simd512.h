@@ -144,9 +144,8 @@ ATTNKIT_INLINE Vec dot_pairs(Vec c, Pairs a, Pairs b) {
   return c;
 }
 // The numbers of lo and then of hi, rounded to nearest even.
-ATTNKIT_INLINE void store_narrow(uint32_t* p, Vec lo, Vec hi) {
-  _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi, lo)));
-}
+ATTNKIT_INLINE Pairs narrow_pair(Vec lo, Vec hi) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi, lo)); }
+ATTNKIT_INLINE void store_narrow(uint32_t* p, Vec lo, Vec hi) { _mm512_storeu_si512(p, narrow_pair(lo, hi)); }
 // Number i of two rows side by side in lane i.
 ATTNKIT_INLINE Pairs zip_halves(__m256i even, __m256i odd) {
   const __m512i in_turn = _mm512_or_si512(

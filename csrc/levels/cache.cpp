@@ -13,49 +13,32 @@ namespace {
 #include "../kernels/stores.h"
 #include "../kernels/decode.h"
 #include "../kernels/codes.h"
+#include "../kernels/nibbles.h"
 #include "../kernels/cached.h"
+#include "cache_call.h"
 // clang-format on
 
-// The part of the call that does not depend on how keys are stored.
-attnkit_softmax softmax_call(const attnkit_cache& c) {
-  attnkit_softmax s{};
-  s.q = c.q, s.o = c.o, s.lse = c.lse, s.bias = c.bias, s.alibi = c.alibi, s.sink = c.sink;
-  s.offsets = c.offsets, s.columns = c.columns, s.pattern = c.pattern, s.patterns = c.patterns;
-  s.b = c.b, s.h = c.h, s.g = c.g, s.m = c.m, s.n = c.n, s.d = c.d, s.e = c.e;
-  s.q_b = c.q_b, s.q_h = c.q_h, s.q_m = c.q_m, s.o_b = c.o_b, s.o_h = c.o_h, s.o_m = c.o_m;
-  s.bias_b = c.bias_b, s.bias_h = c.bias_h, s.bias_m = c.bias_m, s.bias_n = c.bias_n;
-  s.left = c.left, s.right = c.right, s.mask_batches = c.mask_batches, s.mask_heads = c.mask_heads;
-  s.threads = c.threads, s.dtype = c.dtype, s.kernel = ATTNKIT_DECODE, s.scale = c.scale, s.softcap = c.softcap;
-  return s;
-}
-
-// What a tile of quantised numbers is converted to.
 template <class T>
-struct Converted {
-  using Number = float;
-};
-#if defined(ATTNKIT_BF16_DOT)
+constexpr bool is_bfloat16 = false;
 template <>
-struct Converted<BFloat16> {
-  using Number = BFloat16;
-};
-#endif
+constexpr bool is_bfloat16<BFloat16> = true;
 
 template <class T, class F>
 auto with_store(const attnkit_cache& c, F f) {
-  using Number = typename Converted<T>::Number;
 #if defined(ATTNKIT_BYTE_DOT)
   if constexpr (sizeof(T) == 2)
-    if (c.form == ATTNKIT_INT8) return f(ByteCodes<T, EvenRows<uint8_t>>(c));
+    if (c.form == ATTNKIT_INT8) return f(ByteCodes<ByteForm, T>(c));
 #endif
-#if defined(ATTNKIT_BF16_DOT)
-  if constexpr (sizeof(Number) == 2)
-    if (c.form == ATTNKIT_FP8) return f(ScaledCodes<Fp8>(c));
+#if defined(ATTNKIT_BF16_DOT) && defined(ATTNKIT_BYTE_DOT)
+  if constexpr (is_bfloat16<T>) {
+    if (c.form == ATTNKIT_FP8) return f(ByteCodes<FloatForm, T>(c));
+    if (c.form == ATTNKIT_INT4 && c.channels == Nibbles::kChannels) return f(Nibbles(c));
+  }
 #endif
   switch (c.form) {
-    case ATTNKIT_INT8: return f(Scaled<Int8, T, float>(c));
-    case ATTNKIT_FP8: return f(Scaled<Fp8, T, float>(c));
-    case ATTNKIT_INT4: return f(Grouped<T, Number>(c));
+    case ATTNKIT_INT8: return f(Scaled<Int8, T>(c));
+    case ATTNKIT_FP8: return f(Scaled<Fp8, T>(c));
+    case ATTNKIT_INT4: return f(Grouped<T>(c));
     default:
       if (c.pages && c.page % kWalkKeys != 0) return f(Plain<T, ListedRows<T>>(c));
       return f(Plain<T, EvenRows<T>>(c));
