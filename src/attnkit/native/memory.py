@@ -2,8 +2,8 @@
 
 The C library gives memory of 32 MiB or more back when a tensor goes, and often less than that: each result is then made
 of new pages, and a page is found by an interrupt on its first byte. To write 32 MiB so took 18 ms of a core, 5 ms in
-huge pages, and 2 ms in pages that were there (a Zen 4 core, Linux in a virtual machine). A state is read from end to end
-for every token, and finding out where each page of 4 KiB lies takes longer than reading its quantised numbers.
+huge pages, and 2 ms in pages that were there (a Zen 4 core, Linux in a virtual machine). A state is read from end to
+end for every token, and finding out where each page of 4 KiB lies takes longer than reading its quantised numbers.
 """
 
 from __future__ import annotations
