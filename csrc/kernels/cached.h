@@ -6,6 +6,7 @@ struct Plain {
   using Asked = T;
   using Number = T;
   using Rows = R;
+  using Memory = NoMemory;
   static constexpr bool kScales = false, kConverts = false, kMultiplies = false;
 
   explicit Plain(const attnkit_cache& cache) : c_(cache) {}
@@ -39,6 +40,7 @@ struct Scaled {
   using Asked = A;
   using Number = float;
   using Rows = EvenRows<float>;
+  using Memory = NoMemory;
   static constexpr bool kScales = true, kConverts = true, kMultiplies = false;
 
   explicit Scaled(const attnkit_cache& cache)
@@ -106,6 +108,7 @@ struct Grouped {
   using Asked = A;
   using Number = float;
   using Rows = EvenRows<float>;
+  using Memory = NoMemory;
   static constexpr bool kScales = false, kConverts = true, kMultiplies = false;
 
   explicit Grouped(const attnkit_cache& cache)

@@ -59,6 +59,23 @@ ATTNKIT_INLINE void repeat_fours(void* to, Bytes x) {
   _mm512_storeu_si512(at + 192, _mm512_shuffle_epi32(x, _MM_PERM_DDDD));
 }
 
+// Rows of four tokens become vectors in whose 128-bit parts the same 32 bits of each lie side by side: number 4 p + v of
+// them in part p of vector v.
+ATTNKIT_INLINE void turn_fours(Bytes (&x)[4]) {
+  const Bytes a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+  const Bytes c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+  x[0] = _mm512_unpacklo_epi64(a, c), x[1] = _mm512_unpackhi_epi64(a, c);
+  x[2] = _mm512_unpacklo_epi64(b, d), x[3] = _mm512_unpackhi_epi64(b, d);
+}
+// An address to count bytes from.
+uint8_t* const kNowhere = reinterpret_cast<uint8_t*>(64);
+
+// Where the keys of a tile were brought into order ahead of time.
+struct ReadyTile {
+  int64_t batch, group, first;
+  bool is(int64_t b, int64_t g, int64_t f) const { return batch == b && group == g && first == f; }
+};
+
 // Signed bytes. A query row becomes 16-bit whole numbers, its largest magnitude about 2^15, in two planes of signed bytes:
 // q ~ factor * (256 high + low). So a row is off by at most 2^-16 of its largest number, less than what rounding weights
 // to bfloat16 would cost. A sum over the high plane, moved up by 8 bits, goes on over the low one, exactly, in 32 bits.
@@ -196,15 +213,39 @@ struct ByteCodes {
   using Rows = R;
   static constexpr bool kScales = true, kConverts = false, kMultiplies = true;
 
+  struct Memory {
+    ReadyTile* ready;
+    int8_t* queries;       // rows of two planes, each four times
+    uint8_t* keys;         // of a tile, regrouped
+    uint8_t* values;
+    uint8_t* weights;      // rows of two planes of a tile's keys
+    float* query_scales;   // what 1 in the low plane stands for
+    int32_t* query_sums;   // the products' share that comes from codes being moved up by 128
+    float* weight_scales;  // each four times
+    int64_t bytes;
+    Memory(const ByteCodes& s, uint8_t* memory) {
+      memory += -reinterpret_cast<uintptr_t>(memory) & 63;
+      ready = reinterpret_cast<ReadyTile*>(memory);
+      queries = reinterpret_cast<int8_t*>(memory + 64);
+      keys = memory + 64 + 8 * s.rows_ * s.key_bytes_;
+      values = keys + kWalkKeys * s.key_bytes_;
+      weights = values + kWalkKeys * s.value_bytes_;
+      query_scales = reinterpret_cast<float*>(weights + 2 * s.rows_ * kWalkKeys);
+      query_sums = reinterpret_cast<int32_t*>(query_scales + s.rows_);
+      weight_scales = reinterpret_cast<float*>(query_sums + s.rows_);
+      bytes = reinterpret_cast<uint8_t*>(weight_scales + 4 * s.rows_ + kWidth) - memory;
+    }
+  };
+
   explicit ByteCodes(const attnkit_cache& cache)
       : c_(cache),
         rows_((cache.mask_heads == 1 ? cache.h / cache.g : 1) * cache.m),
         key_bytes_(round_up(cache.d, 64)),
         value_bytes_(round_up(cache.e, 64)) {}
   int64_t length(int64_t batch) const { return c_.lengths ? c_.lengths[batch] : c_.n; }
-  int64_t tile_numbers() const { return 64 + Memory(*this, nullptr).bytes; }
+  int64_t tile_numbers() const { return 64 + Memory(*this, kNowhere).bytes; }
 
-  void open(Tile<R>& tile, uint8_t* memory, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end,
+  void open(Tile<R>& tile, const Memory& w, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end,
             int64_t next, int64_t n) const {
     const uint8_t* k = static_cast<const uint8_t*>(c_.k) + batch * c_.k_b + group * c_.k_g;
     const uint8_t* v = static_cast<const uint8_t*>(c_.v) + batch * c_.v_b + group * c_.v_g;
@@ -225,7 +266,6 @@ struct ByteCodes {
       store(tile.key_scale + i, _mm512_maskz_loadu_ps(some, k_scale + i));
       store(tile.value_scale + i, _mm512_maskz_loadu_ps(some, v_scale + i));
     }
-    const Memory w(*this, memory);
     if (!w.ready->is(batch, group, first))
       for (int64_t unit = 0; unit < units(key_bytes_); ++unit)
         regroup(w.keys, tile.keys, c_.d, begin, end, false, unit, turn_keys);
@@ -233,18 +273,16 @@ struct ByteCodes {
   }
 
   // Before the first call of a thread: what its memory held before counts for nothing.
-  void start(uint8_t* memory) const { *Memory(*this, memory).ready = {-1, -1, -1}; }
+  void start(const Memory& w) const { *w.ready = {-1, -1, -1}; }
 
   // One query row, in the order of regrouped keys: each four channels four times in a row.
-  void take_query(uint8_t* memory, const A* q, int64_t r) const {
-    const Memory w(*this, memory);
+  void take_query(const Memory& w, const A* q, int64_t r) const {
     w.query_sums[r] = Form::take_query(q, c_.d, key_bytes_, w.queries + 8 * r * key_bytes_, w.query_scales + r);
   }
 
   // As Decode::score.
   template <int kCount>
-  void score(uint8_t* memory, const Tile<R>& tile, float* scores, int64_t begin, int64_t end, int64_t r) const {
-    const Memory w(*this, memory);
+  void score(const Memory& w, const Tile<R>& tile, float* scores, int64_t begin, int64_t end, int64_t r) const {
     const int8_t* queries = w.queries + 8 * r * key_bytes_;
     int64_t unit = r == 0 ? 0 : units(value_bytes_), key = r == 0 && tile.fetch ? 0 : kWalkKeys;
     const bool whole = begin == 0 && end == kWalkKeys && c_.e % 64 == 0;
@@ -274,26 +312,18 @@ struct ByteCodes {
     while (unit < last_unit) regroup(w.values, tile.values, c_.e, begin, end, whole, unit++, turn_values);
   }
 
-  // Weights, by their tokens' scales, of kCount rows; row i counts the keys in seen[i], those of others may be anything.
-  template <int kCount>
-  void take_weights(uint8_t* memory, const float* weights, const float* scores, const uint64_t (&seen)[kCount],
-                    int64_t r) const {
-    const Memory w(*this, memory);
-    constexpr int kVectors = kWalkKeys / kWidth;
+  // Weights, by their tokens' scales, of kCount rows; those that do not count may be anything.
+  template <int kCount, int kVectors>
+  ATTNKIT_INLINE void take_weights(const Memory& w, const Vec (&weights)[kCount][kVectors],
+                                   const Bits (&counts)[kCount][kVectors], int64_t r) const {
     static_assert(kVectors == 2, "a tile's weights are two vectors");
     Vec x[kCount][kVectors];
     Ints bits[kCount];
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) {
-      bits[i] = zero_ints();
 #pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) {
-        const int64_t at = i * kScoreRow + j * kWidth;
-        const __mmask16 some = static_cast<__mmask16>(seen[i] >> j * kWidth);
-        const __mmask16 above = _mm512_mask_cmp_ps_mask(some, load(scores + at), splat(-kInfinity), _CMP_NEQ_UQ);
-        x[i][j] = _mm512_maskz_loadu_ps(above, weights + at);
-        bits[i] = larger_bits(bits[i], x[i][j]);
-      }
+      for (int j = 0; j < kVectors; ++j) x[i][j] = select(counts[i][j], weights[i][j], 0.0f);
+      bits[i] = larger_bits(larger_bits(zero_ints(), x[i][0]), x[i][1]);
     }
     // The largest of row i everywhere in part i.
     Ints largest = join_parts(bits[0], bits[kCount > 1], bits[kCount / 4 * 2], bits[kCount / 4 * 3],
@@ -309,9 +339,8 @@ struct ByteCodes {
   }
 
   template <int kCount>
-  void add_values(uint8_t* memory, const Tile<R>& tile, float* sums, int64_t stride, int64_t begin, int64_t end,
+  void add_values(const Memory& w, const Tile<R>& tile, float* sums, int64_t stride, int64_t begin, int64_t end,
                   int64_t r) const {
-    const Memory w(*this, memory);
     const uint8_t* weights = w.weights + 2 * r * kWalkKeys;
     const int64_t four = begin / 4, fours = ceil_div(end, 4);
     const bool fetch = r == 0 && tile.fetch;
@@ -344,36 +373,6 @@ struct ByteCodes {
  private:
   static constexpr int64_t kFours = kWalkKeys / 4;
 
-  // The tile whose keys are regrouped already.
-  struct Place {
-    int64_t batch, group, first;
-    bool is(int64_t b, int64_t g, int64_t f) const { return batch == b && group == g && first == f; }
-  };
-
-  struct Memory {
-    Place* ready;
-    int8_t* queries;       // rows of two planes, each four times
-    uint8_t* keys;         // of a tile, regrouped
-    uint8_t* values;
-    uint8_t* weights;      // rows of two planes of a tile's keys
-    float* query_scales;   // what 1 in the low plane stands for
-    int32_t* query_sums;   // the products' share that comes from codes being moved up by 128
-    float* weight_scales;  // each four times
-    int64_t bytes;
-    Memory(const ByteCodes& s, uint8_t* memory) {
-      memory += -reinterpret_cast<uintptr_t>(memory) & 63;
-      ready = reinterpret_cast<Place*>(memory);
-      queries = reinterpret_cast<int8_t*>(memory + 64);
-      keys = memory + 64 + 8 * s.rows_ * s.key_bytes_;
-      values = keys + kWalkKeys * s.key_bytes_;
-      weights = values + kWalkKeys * s.value_bytes_;
-      query_scales = reinterpret_cast<float*>(weights + 2 * s.rows_ * kWalkKeys);
-      query_sums = reinterpret_cast<int32_t*>(query_scales + s.rows_);
-      weight_scales = reinterpret_cast<float*>(query_sums + s.rows_);
-      bytes = reinterpret_cast<uint8_t*>(weight_scales + 4 * s.rows_ + kWidth) - memory;
-    }
-  };
-
   // A tile is regrouped in units: 64 channels of four tokens become four vectors, in whose 128-bit part p are channels from
   // 16 p on. Vector v of tokens 4 f to 4 f + 3 and channels from 64 j on is number (4 j + v) * kFours + f, its unit number
   // f * channels / 64 + j. A token outside [begin, end) is not read.
@@ -397,15 +396,11 @@ struct ByteCodes {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + i * kFours * 64, x[i]);
   }
-  // Keys: four channels of one token in 32 bits, four tokens side by side.
   static ATTNKIT_INLINE void turn_keys(Bytes (&x)[4]) {
+    turn_fours(x);
     const Bytes top = _mm512_set1_epi8(static_cast<char>(Form::kKeyTop));
-    const Bytes a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
-    const Bytes c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
-    x[0] = _mm512_xor_si512(_mm512_unpacklo_epi64(a, c), top);
-    x[1] = _mm512_xor_si512(_mm512_unpackhi_epi64(a, c), top);
-    x[2] = _mm512_xor_si512(_mm512_unpacklo_epi64(b, d), top);
-    x[3] = _mm512_xor_si512(_mm512_unpackhi_epi64(b, d), top);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) x[i] = _mm512_xor_si512(x[i], top);
   }
   // Values: one channel of four tokens in 32 bits.
   static ATTNKIT_INLINE void turn_values(Bytes (&x)[4]) {

@@ -98,7 +98,7 @@ class Decode {
 #pragma omp parallel num_threads(static_cast<int>(threads_)) if (threads_ > 1)
     {
       const Work work(*this, scratch + part_bytes() + thread_number() * work_bytes());
-      if constexpr (Store::kMultiplies) store_.start(work.numbers);
+      if constexpr (Store::kMultiplies) store_.start(work.store);
       // Ranges in a row, so that a thread can fetch the start of the next; few at the end, where one would wait for the other.
 #pragma omp for schedule(guided)
       for (int64_t task = 0; task < tasks; ++task) {
@@ -124,6 +124,7 @@ class Decode {
     float* tops;      // rows_
     uint64_t* words;  // one per query
     Number* numbers;  // of a converted tile
+    typename Store::Memory store;
     Work(const Decode& d, char* memory)
         : queries(reinterpret_cast<Query*>(memory)),
           scores(reinterpret_cast<float*>(queries + d.rows_ * d.query_vectors_ * kWidth)),
@@ -132,7 +133,8 @@ class Decode {
           totals(sums + d.rows_ * d.value_columns_),
           tops(totals + d.rows_ * kWidth),
           words(reinterpret_cast<uint64_t*>(tops + round_up(d.rows_, 2))),
-          numbers(reinterpret_cast<Number*>(words + round_up(d.s_.m, 8))) {}
+          numbers(reinterpret_cast<Number*>(words + round_up(d.s_.m, 8))),
+          store(d.store_, numbers) {}
   };
 
   int64_t work_bytes() const {
@@ -157,7 +159,7 @@ class Decode {
     for (int64_t r = 0; r < rows_; ++r) {
       const Asked* q = static_cast<const Asked*>(s_.q) + batch * s_.q_b + (head + r / s_.m) * s_.q_h + r % s_.m * s_.q_m;
       if constexpr (Store::kMultiplies) {
-        store_.take_query(w.numbers, q, r);
+        store_.take_query(w.store, q, r);
       } else {
         for (int64_t j = 0; j < query_vectors_; ++j)
           Product::store_query(w.queries + (r * query_vectors_ + j) * kWidth, q + j * Product::kNumbers,
@@ -204,20 +206,65 @@ class Decode {
                     int64_t begin, int64_t end, int64_t next_key) const {
     const attnkit_softmax& s = sequence.s;
     Tile<Rows> tile;
-    store_.open(tile, w.numbers, batch, head / (s.h / s.g), block + first, begin, end, next_key, s.n);
+    store_.open(tile, w.store, batch, head / (s.h / s.g), block + first, begin, end, next_key, s.n);
     in_rows([&](auto rows, int64_t r) {
-      store_.template score<rows.count>(w.numbers, tile, w.scores + r * kScoreRow, begin, end, r);
-    });
-    for (int64_t r = 0; r < rows_; ++r) weigh(w, sequence.logits, tile, batch, head, block, first, begin, end, r);
-    in_rows([&](auto rows, int64_t r) {
-      uint64_t seen[rows.count];
-      for (int i = 0; i < rows.count; ++i) seen[i] = w.words[(r + i) % s_.m] >> first & bit_range(begin, end);
-      store_.take_weights(w.numbers, w.weights + r * kScoreRow, w.scores + r * kScoreRow, seen, r);
+      store_.template score<rows.count>(w.store, tile, w.scores + r * kScoreRow, begin, end, r);
     });
     in_rows([&](auto rows, int64_t r) {
-      store_.template add_values<rows.count>(w.numbers, tile, w.sums + r * value_columns_, value_columns_, begin, end,
-                                             r);
+      weigh_codes<rows.count>(w, sequence.logits, tile, batch, head, block, first, r);
     });
+    in_rows([&](auto rows, int64_t r) {
+      store_.template add_values<rows.count>(w.store, tile, w.sums + r * value_columns_, value_columns_, begin, end, r);
+    });
+  }
+
+  // As weigh, for all 32 keys of kCount rows at once: one row after the other is a chain that waits for itself.
+  template <int kCount>
+  ATTNKIT_INLINE void weigh_codes(const Work& w, const Logits& logits, const Tile<Rows>& tile, int64_t batch, int64_t head,
+                                  int64_t block, int64_t first, int64_t r) const {
+    constexpr int kVectors = kWalkKeys / kWidth;
+    Vec x[kCount][kVectors], peak[kCount];
+    Bits counts[kCount][kVectors];
+    const Vec factor = splat(logits.exponent);
+    bool rises = false;
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      float* scores = w.scores + (r + i) * kScoreRow;
+      const uint64_t word = w.words[(r + i) % s_.m] >> first;
+      for (int j = 0; j < kVectors; ++j) {
+        x[i][j] = load(scores + j * kWidth);
+        if constexpr (Store::kScales) x[i][j] = x[i][j] * load(tile.key_scale + j * kWidth);
+      }
+      if (!logits.plain) {
+        for (int j = 0; j < kVectors; ++j) store(scores + j * kWidth, x[i][j]);
+        logits.apply(scores, kVectors, batch, head + (r + i) / s_.m, (r + i) % s_.m, block + first);
+        for (int j = 0; j < kVectors; ++j) x[i][j] = load(scores + j * kWidth);
+      }
+      peak[i] = splat(-kInfinity);
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) {
+        x[i][j] = select(static_cast<Bits>(word >> j * kWidth), x[i][j], -kInfinity);
+        counts[i][j] = bits_unequal(x[i][j], -kInfinity);
+        peak[i] = max(peak[i], x[i][j]);
+      }
+      rises |= any_above(peak[i] * factor, w.tops[r + i] + kLateRescale);
+    }
+    if (rises)
+      for (int i = 0; i < kCount; ++i) raise(w, r + i, peak[i], logits.exponent);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      const float top = w.tops[r + i];
+      const Vec shift = splat(top == -kInfinity ? 0.0f : -top);
+      Vec total = load(w.totals + (r + i) * kWidth);
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) {
+        x[i][j] = exp2<5>(fma(x[i][j], factor, shift));
+        total = total + x[i][j];
+        if constexpr (Store::kScales) x[i][j] = x[i][j] * load(tile.value_scale + j * kWidth);
+      }
+      store(w.totals + (r + i) * kWidth, total);
+    }
+    store_.template take_weights<kCount>(w.store, x, counts, r);
   }
 
   // Keys [begin, end) of the tile that starts at number `first` of the block at `block`; those at `next_key` come after.
@@ -337,18 +384,9 @@ class Decode {
       peak = max(peak, x);
     }
     const Vec factor = splat(logits.exponent);
-    float top = w.tops[r];
     float* totals = w.totals + r * kWidth;
-    if (any_above(peak * factor, top + kLateRescale)) {
-      const float risen = largest(peak) * logits.exponent;
-      if (top != -kInfinity) {
-        const Vec shrink = splat(__builtin_exp2f(top - risen));
-        float* sums = w.sums + r * value_columns_;
-        for (int64_t c = 0; c < value_columns_; c += kWidth) store(sums + c, load(sums + c) * shrink);
-        store(totals, load(totals) * shrink);
-      }
-      w.tops[r] = top = risen;
-    }
+    if (any_above(peak * factor, w.tops[r] + kLateRescale)) raise(w, r, peak, logits.exponent);
+    const float top = w.tops[r];
     const Vec shift = splat(top == -kInfinity ? 0.0f : -top);
     Vec total = load(totals);
     for (int64_t c = from; c < to; c += kWidth) {
@@ -362,6 +400,18 @@ class Decode {
       }
     }
     store(totals, total);
+  }
+
+  // Moves the reference of a row to the largest of `peak`, where that is far above it.
+  void raise(const Work& w, int64_t r, Vec peak, float exponent) const {
+    const float top = w.tops[r], risen = largest(peak) * exponent;
+    if (!(risen > top + kLateRescale)) return;
+    w.tops[r] = risen;
+    if (top == -kInfinity) return;
+    const Vec shrink = splat(__builtin_exp2f(top - risen));
+    float *sums = w.sums + r * value_columns_, *totals = w.totals + r * kWidth;
+    for (int64_t c = 0; c < value_columns_; c += kWidth) store(sums + c, load(sums + c) * shrink);
+    store(totals, load(totals) * shrink);
   }
 
   // Adds the values of keys [begin, end), and fetches as many keys of `next`, if it is given.

@@ -11,7 +11,8 @@
 //
 // Blocking: 32 keys, a group of them at most. Keys of a tile are transposed, a vector is 16 tokens by four pairs of channels
 // in 32 bits, and there is no sum across lanes: four rows by 32 keys of products, each pair of channels of a query
-// broadcast. Values are taken two tokens and 64 channels of them at a time, four rows.
+// broadcast. Values are taken two tokens and 64 channels of them at a time, four rows. On a Zen 4 core transposing while
+// the values before them are added, in units as codes.h does, took 6 % longer.
 #if defined(ATTNKIT_BF16_DOT)
 struct Nibbles {
   using Asked = BFloat16;
@@ -21,6 +22,33 @@ struct Nibbles {
   static constexpr int64_t kChannels = 32;  // of a group of values
   static constexpr bool kScales = false, kConverts = false, kMultiplies = true;
 
+  // What of the tile in work is not in its rows.
+  struct Place {
+    const BFloat16 *key_scale, *key_zero;
+    const BFloat16* recent;  // keys of the tile as numbers, where they wait
+  };
+  struct Memory {
+    Place* place;
+    uint32_t* keys;     // of a tile: blocks of 128 channels of 16 times 32 tokens
+    float* queries;     // rows of key_channels_
+    uint32_t* folded;   // of four rows: pairs of queries times scales
+    uint32_t* weights;  // rows of parts_ vectors: pairs of weights times scales
+    float* shares;      // of each row and part: what all its channels get
+    float* scales;      // parts_ of 32 scales and 32 middles, zero + 8 * scale
+    int64_t bytes;
+    Memory(const Nibbles& s, uint8_t* memory) {
+      memory += -reinterpret_cast<uintptr_t>(memory) & 63;
+      place = reinterpret_cast<Place*>(memory);
+      keys = reinterpret_cast<uint32_t*>(memory + 64);
+      queries = reinterpret_cast<float*>(keys + ceil_div(s.c_.d, 128) * kBlockWords);
+      folded = reinterpret_cast<uint32_t*>(queries + s.rows_ * s.key_channels_);
+      weights = folded + 4 * round_up(s.key_channels_ / 2, kWidth);
+      shares = reinterpret_cast<float*>(weights + s.rows_ * s.parts_ * kWidth);
+      scales = shares + s.rows_ * round_up(s.parts_, kWidth);
+      bytes = reinterpret_cast<uint8_t*>(scales + s.parts_ * 2 * kWalkKeys) - memory;
+    }
+  };
+
   explicit Nibbles(const attnkit_cache& cache)
       : c_(cache),
         rows_((cache.mask_heads == 1 ? cache.h / cache.g : 1) * cache.m),
@@ -29,12 +57,11 @@ struct Nibbles {
         key_bytes_(packed_bytes(cache.d)),
         value_bytes_(packed_bytes(cache.e)) {}
   int64_t length(int64_t batch) const { return c_.lengths ? c_.lengths[batch] : c_.n; }
-  int64_t tile_numbers() const { return 64 + Memory(*this, nullptr).bytes; }
-  void start(uint8_t*) const {}
+  int64_t tile_numbers() const { return 64 + Memory(*this, kNowhere).bytes; }
+  void start(const Memory&) const {}
 
-  void open(Tile<R>& tile, uint8_t* memory, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end,
+  void open(Tile<R>& tile, const Memory& w, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end,
             int64_t next, int64_t n) const {
-    const Memory w(*this, memory);
     const uint8_t* k = static_cast<const uint8_t*>(c_.k) + batch * c_.k_b + group * c_.k_g;
     const uint8_t* v = static_cast<const uint8_t*>(c_.v) + batch * c_.v_b + group * c_.v_g;
     tile.keys = {k + first * c_.k_n, c_.k_n}, tile.values = {v + first * c_.v_n, c_.v_n};
@@ -54,16 +81,14 @@ struct Nibbles {
             begin, end);
   }
 
-  void take_query(uint8_t* memory, const BFloat16* q, int64_t r) const {
-    const Memory w(*this, memory);
+  void take_query(const Memory& w, const BFloat16* q, int64_t r) const {
     for (int64_t j = 0; j < key_channels_; j += kWidth)
       store(w.queries + r * key_channels_ + j, j < c_.d ? load_some(q + j, c_.d - j) : zero());
   }
 
   // As Decode::score.
   template <int kCount>
-  void score(uint8_t* memory, const Tile<R>& tile, float* scores, int64_t begin, int64_t end, int64_t r) const {
-    const Memory w(*this, memory);
+  void score(const Memory& w, const Tile<R>& tile, float* scores, int64_t begin, int64_t end, int64_t r) const {
     if (w.place->recent) {
       for (int i = 0; i < kCount; ++i)
         for (int64_t c = begin; c < end; ++c) scores[i * kScoreRow + c] = product(w, w.place->recent + c * c_.d, r + i);
@@ -101,23 +126,17 @@ struct Nibbles {
       for (int j = 0; j < 2; ++j) store(scores + i * kScoreRow + j * kWidth, acc[i][j][0] + acc[i][j][1]);
   }
 
-  // Weights of kCount rows by the scales of each group of channels; row i counts the keys in seen[i].
-  template <int kCount>
-  void take_weights(uint8_t* memory, const float* weights, const float* scores, const uint64_t (&seen)[kCount],
-                    int64_t r) const {
-    const Memory w(*this, memory);
+  // Weights of kCount rows by the scales of each group of channels; those that do not count may be anything.
+  template <int kCount, int kVectors>
+  ATTNKIT_INLINE void take_weights(const Memory& w, const Vec (&x)[kCount][kVectors], const Bits (&bits)[kCount][kVectors],
+                                   int64_t r) const {
+    static_assert(kVectors == 2, "a tile's weights are two vectors");
     constexpr int kParts = kWidth / kCount;  // a vector of sums
-    Vec x[kCount][2];
-    __mmask16 counts[kCount][2];
+    __mmask16 counts[kCount][kVectors];
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i)
 #pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        const int64_t at = i * kScoreRow + j * kWidth;
-        const __mmask16 some = static_cast<__mmask16>(seen[i] >> j * kWidth);
-        counts[i][j] = _mm512_mask_cmp_ps_mask(some, load(scores + at), splat(-kInfinity), _CMP_NEQ_UQ);
-        x[i][j] = load(weights + at);
-      }
+      for (int j = 0; j < kVectors; ++j) counts[i][j] = static_cast<__mmask16>(bits[i][j]);
     for (int64_t part = 0; part < parts_; part += kParts) {
       Vec sums[kWidth];
 #pragma GCC unroll 16
@@ -140,9 +159,8 @@ struct Nibbles {
   }
 
   template <int kCount>
-  void add_values(uint8_t* memory, const Tile<R>& tile, float* sums, int64_t stride, int64_t begin, int64_t end,
+  void add_values(const Memory& w, const Tile<R>& tile, float* sums, int64_t stride, int64_t begin, int64_t end,
                   int64_t r) const {
-    const Memory w(*this, memory);
     const bool whole = begin == 0 && end == kWalkKeys;
     for (int64_t part = 0; part < parts_; part += 2) {
       const bool fetch = r == 0 && part == 0 && tile.fetch;
@@ -160,33 +178,6 @@ struct Nibbles {
   struct Answer {
     static constexpr bool yes = kYes;
   };
-  // What of the tile in work is not in its rows.
-  struct Place {
-    const BFloat16 *key_scale, *key_zero;
-    const BFloat16* recent;  // keys of the tile as numbers, where they wait
-  };
-  struct Memory {
-    Place* place;
-    uint32_t* keys;     // of a tile: blocks of 128 channels of 16 times 32 tokens
-    float* queries;     // rows of key_channels_
-    uint32_t* folded;   // of four rows: pairs of queries times scales
-    uint32_t* weights;  // rows of parts_ vectors: pairs of weights times scales
-    float* shares;      // of each row and part: what all its channels get
-    float* scales;      // parts_ of 32 scales and 32 middles, zero + 8 * scale
-    int64_t bytes;
-    Memory(const Nibbles& s, uint8_t* memory) {
-      memory += -reinterpret_cast<uintptr_t>(memory) & 63;
-      place = reinterpret_cast<Place*>(memory);
-      keys = reinterpret_cast<uint32_t*>(memory + 64);
-      queries = reinterpret_cast<float*>(keys + ceil_div(s.c_.d, 128) * kBlockWords);
-      folded = reinterpret_cast<uint32_t*>(queries + s.rows_ * s.key_channels_);
-      weights = folded + 4 * round_up(s.key_channels_ / 2, kWidth);
-      shares = reinterpret_cast<float*>(weights + s.rows_ * s.parts_ * kWidth);
-      scales = shares + s.rows_ * round_up(s.parts_, kWidth);
-      bytes = reinterpret_cast<uint8_t*>(scales + s.parts_ * 2 * kWalkKeys) - memory;
-    }
-  };
-
   // Bytes of so many channels of one token.
   static int64_t packed_bytes(int64_t channels) {
     const int64_t rest = channels % 128;

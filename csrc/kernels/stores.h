@@ -10,6 +10,8 @@
 // same keys or the next keys, and what is in use fit any second cache many times.
 constexpr int64_t kWalkKeys = 32;
 
+constexpr int64_t kHalfTile = kWalkKeys / 2;
+
 // The 32 rows of a tile where they follow each other, so that no address is looked up.
 template <class T>
 struct EvenRows {
@@ -23,6 +25,14 @@ template <class T>
 struct ListedRows {
   const T* row[kWalkKeys];
   ATTNKIT_INLINE const T* operator[](int64_t i) const { return row[i]; }
+};
+
+// The same on pages of which one holds at least half a tile.
+template <class T>
+struct HalvedRows {
+  const T* half[2];
+  int64_t stride;
+  ATTNKIT_INLINE const T* operator[](int64_t i) const { return half[i >= kHalfTile] + (i >= kHalfTile ? i - kHalfTile : i) * stride; }
 };
 
 // Keys [begin, end) of the 32 that start at a multiple of 32.
@@ -48,6 +58,11 @@ struct RowPlaces {
   }
   // Tokens [first + begin, first + end) as rows [begin, end) of a tile.
   ATTNKIT_INLINE void find(EvenRows<T>& to, int64_t first, int64_t, int64_t) const { to = {at(first), stride}; }
+  ATTNKIT_INLINE void find(HalvedRows<T>& to, int64_t first, int64_t begin, int64_t end) const {
+    to.stride = stride;
+    to.half[0] = at(first + (begin < kHalfTile ? 0 : kHalfTile));
+    to.half[1] = end > kHalfTile ? at(first + kHalfTile) : to.half[0];
+  }
   ATTNKIT_INLINE void find(ListedRows<T>& to, int64_t first, int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end;) {
       const int64_t slot = (first + i) % page, stop = least(end, i + page - slot);
@@ -76,12 +91,19 @@ ATTNKIT_INLINE void look_ahead(const RowPlaces<T>& keys, const RowPlaces<T>& val
   }
 }
 
+// Of a store that needs no memory but for converted tiles.
+struct NoMemory {
+  template <class Store, class Number>
+  NoMemory(const Store&, Number*) {}
+};
+
 // Keys and values as softmax attention is given them: tensors of numbers, all sequences of one length.
 template <class T>
 struct Tensors {
   using Asked = T;   // dtype of queries and results
   using Number = T;  // what the rows of a tile hold
   using Rows = EvenRows<T>;
+  using Memory = NoMemory;
   static constexpr bool kScales = false, kConverts = false, kMultiplies = false;
 
   explicit Tensors(const attnkit_softmax& call) : s_(call) {}

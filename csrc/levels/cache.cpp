@@ -40,7 +40,8 @@ auto with_store(const attnkit_cache& c, F f) {
     case ATTNKIT_FP8: return f(Scaled<Fp8, T>(c));
     case ATTNKIT_INT4: return f(Grouped<T>(c));
     default:
-      if (c.pages && c.page % kWalkKeys != 0) return f(Plain<T, ListedRows<T>>(c));
+      if (c.pages && c.page % kHalfTile != 0) return f(Plain<T, ListedRows<T>>(c));
+      if (c.pages && c.page % kWalkKeys != 0) return f(Plain<T, HalvedRows<T>>(c));
       return f(Plain<T, EvenRows<T>>(c));
   }
 }
