@@ -326,7 +326,7 @@ struct ByteCodes {
       bits[i] = larger_bits(larger_bits(zero_ints(), x[i][0]), x[i][1]);
     }
     // The largest of row i everywhere in part i.
-    Ints largest = join_parts(bits[0], bits[kCount > 1], bits[kCount / 4 * 2], bits[kCount / 4 * 3],
+    Ints largest = join_parts(bits[0], bits[kCount > 1 ? 1 : 0], bits[kCount > 2 ? 2 : 0], bits[kCount > 3 ? 3 : 0],
                               [](Ints a, Ints b) { return _mm512_max_epu32(a, b); });
     largest = _mm512_max_epu32(largest, _mm512_shuffle_epi32(largest, _MM_PERM_BADC));
     largest = _mm512_max_epu32(largest, _mm512_shuffle_epi32(largest, _MM_PERM_CDAB));

@@ -297,7 +297,7 @@ class Decode {
   ATTNKIT_INLINE void in_rows(F f) const {
     int64_t r = 0;
     for (; r + 4 <= rows_; r += 4) f(RowCount<4>(), r);
-    if (rows_ - r == 3 && !Store::kMultiplies) return f(RowCount<3>(), r);
+    if (rows_ - r == 3) return f(RowCount<3>(), r);
     if (rows_ - r >= 2) {
       f(RowCount<2>(), r);
       r += 2;
@@ -393,11 +393,7 @@ class Decode {
       const Vec x = exp2<5>(fma(load(scores + c), factor, shift));
       total = total + x;
       const Vec weight = Store::kScales ? x * load(tile.value_scale + c) : x;
-      if constexpr (Store::kMultiplies) {
-        store(weights + c, weight);
-      } else {
-        Product::store_weights(reinterpret_cast<Weight*>(weights) + c, weight);
-      }
+      Product::store_weights(reinterpret_cast<Weight*>(weights) + c, weight);
     }
     store(totals, total);
   }

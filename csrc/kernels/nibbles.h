@@ -131,7 +131,7 @@ struct Nibbles {
   ATTNKIT_INLINE void take_weights(const Memory& w, const Vec (&x)[kCount][kVectors], const Bits (&bits)[kCount][kVectors],
                                    int64_t r) const {
     static_assert(kVectors == 2, "a tile's weights are two vectors");
-    constexpr int kParts = kWidth / kCount;  // a vector of sums
+    constexpr int kParts = kWidth / kCount;  // as many as fit a vector of sums
     __mmask16 counts[kCount][kVectors];
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i)
@@ -139,6 +139,7 @@ struct Nibbles {
       for (int j = 0; j < kVectors; ++j) counts[i][j] = static_cast<__mmask16>(bits[i][j]);
     for (int64_t part = 0; part < parts_; part += kParts) {
       Vec sums[kWidth];
+      sums[kWidth - 1] = zero();
 #pragma GCC unroll 16
       for (int p = 0; p < kParts; ++p) {
         const float* scale = w.scales + least(part + p, parts_ - 1) * 2 * kWalkKeys;
