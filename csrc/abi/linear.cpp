@@ -6,7 +6,7 @@
 namespace attnkit {
 namespace {
 
-// Scratch memory of a thread is a few hundred numbers for each of d and e and d * e a few times: no product of sizes overflows.
+// Scratch memory of a thread is hundreds of numbers for each of d and e, and d * e a few times: nothing overflows.
 constexpr int64_t kLargest = int64_t{1} << 16;
 
 bool nothing_to_do(const attnkit_linear& c) { return c.b == 0 || c.n == 0; }

@@ -134,6 +134,7 @@ class RecurrentBackward {
     if (!same && chunk.first == 0) return;
     const Asked next = same ? Asked(c_, unit, i + 1, chunk.first, chunk.size)
                             : Asked(c_, unit, 0, chunk.first - kChunk, kChunk);
+    if (next.count == 0) return;
     chunk.expect_queries(next);
     chunk.ahead.set(Ahead::kSlopes, static_cast<const T*>(c_.d_o) + next.place(c_) * c_.e, c_.e, c_.e, next.count);
   }

@@ -292,6 +292,7 @@ void test_refusal() {
     expected = ATTNKIT_SMALL_SCRATCH;
   }
   if (what == 3) {
+    if (s.n == 0) return;  // an array of no numbers may be null
     expected = ATTNKIT_BAD_RULE;
     const int64_t which = below(4);
     if (which == 0) s.decay_kind = below(2) ? 3 : -1;

@@ -17,8 +17,8 @@ from attnkit.testing.budgets import assert_within
 
 pytestmark = pytest.mark.skipif(not native.STATUS.available, reason=native.STATUS.reason)
 
-# b, states, n, d, e: one token, whole chunks, a part of one, rows that are no whole vectors.
-SIZES = ((1, 1, 1, 5, 3), (2, 3, 37, 16, 8), (1, 2, 128, 64, 64), (1, 2, 150, 59, 33))
+# b, states, n, d, e: one token, whole chunks, a part of one after a span of them, rows that are no whole vectors.
+SIZES = ((1, 1, 1, 5, 3), (2, 3, 37, 16, 8), (1, 2, 128, 64, 64), (1, 1, 300, 59, 33))
 KINDS = ("none", "token", "channel")
 
 
@@ -124,7 +124,7 @@ def test_hidden_tokens_neither_add_nor_fade(kind):
 @pytest.mark.parametrize("delta", (False, True), ids=("sum", "delta"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_and_batch_do_not_move_a_bit(kind, delta):
-    given = drawn((3, 4, 130, 32, 40), kind, delta)
+    given = drawn((3, 4, 290, 32, 40), kind, delta)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -136,6 +136,21 @@ def test_threads_and_batch_do_not_move_a_bit(kind, delta):
         torch.set_num_threads(before)
     assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
     assert all(torch.equal(x[1:2], y) for x, y in zip(one[:2], alone, strict=True))
+
+
+@pytest.mark.parametrize("delta", (False, True), ids=("sum", "delta"))
+def test_training_keeps_its_inputs_and_a_state_every_256_tokens(delta):
+    given = {name: x.requires_grad_() for name, x in drawn((1, 2, 1024, 16, 8), "token", delta).items()}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        run(**given)
+    lengths = 8 * 2 if delta else 0
+    assert sum(kept.values()) <= sum(x.nbytes for x in given.values()) + 4 * given["state"].nbytes + lengths
 
 
 @pytest.mark.parametrize("kind", ("token", "channel"))
