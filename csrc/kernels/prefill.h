@@ -1,8 +1,13 @@
 // Attention of many queries: a block of 48 rows walks over tiles of 256 keys with a running maximum and sum.
 //
-// Keys and values are packed once per KV head and shared by all query blocks and all query heads of the group. Each row
-// goes through the same operations in the same order whatever the batch, the number of threads and the block of queries
-// it falls into: tiles of an interval mask start at multiples of 256 keys, and a masked weight is exactly 0.
+// Keys and values are packed once and shared by all query blocks and all query heads of the group. What is packed together
+// is a piece: a KV head, or a stretch of its queries with the keys that a short interval shows them. Pieces that fit into the
+// second cache are done by one thread each, larger ones and the last few by all threads together.
+// Six rows compute only the columns of a tile that some of them see, in an interval and in the words of a block list.
+//
+// Each row goes through the same operations in the same order whatever the batch, the number of threads, the piece and the
+// block of queries it falls into: tiles of an interval mask start at multiples of 256 keys, or are all that a row sees where
+// the interval is so short that 48 rows never see more than one tile holds; and a masked weight is exactly 0.
 
 constexpr int kTileBlocks = 4;
 constexpr int64_t kTileKeys = kTileBlocks * kBlockKeys;
@@ -35,8 +40,9 @@ class Prefill {
         query_steps_(round_up(sizes_.key_steps, kWidth)),
         value_columns_(sizes_.value_vectors * kWidth),
         own_(sizes_.bytes() <= kOwnBytes ? most<int64_t>(all_pieces() / threads_ - 1, 0) * threads_ : 0),
+        // Without keys there are no bytes.
         wave_(own_ > 0 ? all_pieces() - own_
-                       : clamp<int64_t>(kWaveBytes / most<int64_t>(sizes_.bytes(), 1), 1, all_pieces())) {}  // no keys, no bytes
+                       : clamp<int64_t>(kWaveBytes / most<int64_t>(sizes_.bytes(), 1), 1, all_pieces())) {}
 
   int64_t scratch_bytes() const { return buffers() * wave_ * sizes_.bytes() + threads_ * work_bytes(); }
 
@@ -99,7 +105,7 @@ class Prefill {
     const int64_t* words[kTileBlocks];
   };
 
-  // A packed piece, whose first block is key block `first`.
+  // A packed piece, whose first block is key block `first` of the head.
   struct Pack : Packed<Math> {
     int64_t first;
   };
@@ -170,6 +176,8 @@ class Prefill {
     const T* keys = static_cast<const T*>(s_.k) + batch * s_.k_b + group * s_.k_g + key * s_.k_n;
     const T* values = static_cast<const T*>(s_.v) + batch * s_.v_b + group * s_.v_g + key * s_.v_n;
     const attnkit_softmax rest = packing_call(s_, s_.n - key, s_.k_n, s_.e, s_.v_n);
+    const int64_t count = least(kBlockKeys, rest.n - i * kBlockKeys);
+    for (int64_t k = i * kBlockKeys; k < i * kBlockKeys + count; ++k) prefetch_row(values + k * s_.v_n, s_.e);
     pack_key_block<Math>(rest, keys, sizes_, i, to.keys);
     to.odd_values[i] = pack_value_block<Math>(rest, values, sizes_, i, to.values);
   }
@@ -181,24 +189,37 @@ class Prefill {
     const Pack kv = {Packed<Math>(memory, sizes_), piece.key_block};
     const int64_t batch = piece.head / s_.g, head = piece.head % s_.g * ratio_ + task / piece_blocks_;
     const int64_t query_block = piece.first + piece.count - 1 - task % piece_blocks_;
-    const int64_t first = query_block * kBlockQueries;
-    const Queries queries = {batch, head, first, least(kBlockQueries, s_.m - first)};
-    const T* q = static_cast<const T*>(s_.q) + batch * s_.q_b + head * s_.q_h + first * s_.q_m;
-    pack_queries<Math>(s_, q, queries.count, queries.groups() * kRows, query_steps_, w.queries);
-    if (query_block >= next)
-      for (int64_t i = 0; i < kBlockQueries; ++i) prefetch_row(q + (i - next * kBlockQueries) * s_.q_m, s_.d);
-    for (int64_t i = 0; i < queries.groups() * kRows * value_columns_; ++i) w.sums[i] = 0.0f;
-    for (int64_t i = 0; i < kBlockQueries * kWidth; ++i) w.totals[i] = 0.0f;
-    for (int64_t i = 0; i < kBlockQueries; ++i) w.tops[i] = i < queries.count ? -kInfinity : 0.0f;
+    const int64_t first = query_block * kBlockQueries, end = least(first + kBlockQueries, s_.m);
+    // Rows whose keys are one tile share nothing but the key blocks: six at a time, their sums stay in the first cache.
+    const int64_t count = narrow_ ? kRows : kBlockQueries;
+    for (int64_t row = first; row < end; row += count)
+      rows(w, kv, {batch, head, row, least(count, end - row)}, query_block, query_block >= next ? next * kBlockQueries : 0);
+  }
+
+  // Neighbouring queries over all they see; `next` rows before them are those that this thread works on later.
+  void rows(const Work& w, const Pack& kv, const Queries& queries, int64_t query_block, int64_t next) const {
+    const int64_t first = queries.first, padded = queries.groups() * kRows;
+    const T* q = static_cast<const T*>(s_.q) + queries.batch * s_.q_b + queries.head * s_.q_h + first * s_.q_m;
+    pack_queries<Math>(s_, q, queries.count, padded, query_steps_, w.queries);
+    if (next > 0)
+      for (int64_t i = 0; i < queries.count; ++i) prefetch_row(q + (i - next) * s_.q_m, s_.d);
+    if (narrow_)
+      for (int64_t i = 0; i < queries.count; ++i) prefetch_row(output(queries) + i * s_.o_m, s_.e);
+    for (int64_t i = 0; i < padded * value_columns_; ++i) w.sums[i] = 0.0f;
+    for (int64_t i = 0; i < padded * kWidth; ++i) w.totals[i] = 0.0f;
+    for (int64_t i = 0; i < padded; ++i) w.tops[i] = i < queries.count ? -kInfinity : 0.0f;
 
     const Range keys = {visible_range(s_, first).begin, visible_range(s_, first + queries.count - 1).end};
-    const KeyBlocks blocks(s_, batch, head, query_block, keys);
+    const KeyBlocks blocks(s_, queries.batch, queries.head, query_block, keys);
     for (int64_t entry = blocks.entry; entry < blocks.entry_end;) {
       Tile tile;
       entry = next_tile(blocks, entry, tile);
       for (int group = 0; group < queries.groups(); ++group) attend(w, kv, queries, tile, group);
     }
     finish(w, queries);
+  }
+  T* output(const Queries& queries) const {
+    return static_cast<T*>(s_.o) + queries.batch * s_.o_b + queries.head * s_.o_h + queries.first * s_.o_m;
   }
 
   // Blocks of an interval keep to multiples of the tile, or are one tile where that always holds them; those of a list are
@@ -261,7 +282,7 @@ class Prefill {
     weigh(w, group, seen);
     bool careful = false;
     for (int i = 0; i < tile.blocks; ++i)
-      careful = careful || (kv.odd_values[tile.block[i] - kv.first] && !seen.columns[i].empty() && (s_.bias || seen.partial[i]));
+      careful = careful || (!seen.columns[i].empty() && (s_.bias || seen.partial[i]) && kv.odd_values[tile.block[i] - kv.first]);
     if (careful) {
       add_visible_values(w, kv, queries, group, seen);
     } else {
@@ -426,7 +447,7 @@ class Prefill {
   }
 
   void finish(const Work& w, const Queries& queries) const {
-    T* o = static_cast<T*>(s_.o) + queries.batch * s_.o_b + queries.head * s_.o_h + queries.first * s_.o_m;
+    T* o = output(queries);
     for (int64_t row = 0; row < queries.count; ++row) {
       const RowEnd end(w.tops[row], sum(load(w.totals + row * kWidth)), s_.sink ? s_.sink + queries.head : nullptr);
       const Vec factor = splat(end.factor);
