@@ -16,8 +16,8 @@
 
 constexpr int64_t kTileKeys = 96;  // a multiple of every number of keys in a register block
 constexpr int64_t kTaskRows = 128;
-constexpr int64_t kRangeKeys = 8 * kTileKeys;
-constexpr int64_t kMostRanges = 32;
+constexpr int64_t kRangeKeys = 512;  // a power of two, as caches are: few threads then have the same number of keys
+constexpr int64_t kMostRanges = 32, kRangeStep = 32;
 // Lists are cut into ranges of their own: one for the 2,048 keys of DeepSeek's models, whose sums are then stored once.
 constexpr int64_t kListKeys = 22 * kTileKeys;
 constexpr int kAccumulators = kWidth == 16 ? 24 : 12;
@@ -26,13 +26,18 @@ constexpr int kSumVectors = 3;
 constexpr int kMapRows = 4;
 constexpr int64_t kMapAhead = 16;  // rows of the maps that are fetched ahead
 
-// scores[key][query] = factor * keys * queries, and the largest of each query. Meanwhile it fetches the bytes from `next` on,
-// `next_step` of them with every step: all at once would wait for memory.
+// What is fetched into the second cache beside other work: `step` bytes from `at` on with every step of a product. All at once
+// would wait for memory.
+struct Fetch {
+  const char* at;
+  int64_t step;
+};
+
+// scores[key][query] = factor * keys * queries, and the largest of each query.
 template <class Math, int kVectors>
 ATTNKIT_NOINLINE void score_keys(const typename Math::Element* keys, int64_t key_stride,
                                  const typename Math::Element* queries, int64_t vector_stride, int64_t steps,
-                                 float factor, float* scores, int64_t score_stride, float* peaks, const char* next,
-                                 int64_t next_step) {
+                                 float factor, float* scores, int64_t score_stride, float* peaks, Fetch next) {
   constexpr int kKeys = kAccumulators / kVectors;
   Vec acc[kKeys][kVectors];
 #pragma GCC unroll 24
@@ -47,9 +52,8 @@ ATTNKIT_NOINLINE void score_keys(const typename Math::Element* keys, int64_t key
     decltype(Math::load_row(queries)) row[kVectors];
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) row[j] = Math::load_row(queries + j * vector_stride + s * kWidth);
-    __builtin_prefetch(next, 0, 2);
-    __builtin_prefetch(next + 64, 0, 2);
-    next += next_step;
+    __builtin_prefetch(next.at, 0, 2);
+    next.at += next.step;
 #pragma GCC unroll 24
     for (int i = 0; i < kKeys; ++i)
 #pragma GCC unroll 4
@@ -75,7 +79,8 @@ ATTNKIT_NOINLINE void score_keys(const typename Math::Element* keys, int64_t key
 template <class Math, int kVectors, bool kPairs>
 ATTNKIT_NOINLINE void add_latents(const typename Math::Element* weights, int64_t weight_stride,
                                   typename Math::Element* values, int64_t value_stride, int64_t steps, float* sums,
-                                  int64_t sum_stride, const typename Math::Element* rows, int64_t row_stride) {
+                                  int64_t sum_stride, const typename Math::Element* rows, int64_t row_stride,
+                                  Fetch next) {
   Vec acc[kSumRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kSumRows; ++i)
@@ -94,6 +99,9 @@ ATTNKIT_NOINLINE void add_latents(const typename Math::Element* weights, int64_t
         row[j] = Math::load_row(values + j * kWidth);
     }
     rows += 2 * row_stride;
+    __builtin_prefetch(next.at, 0, 2);
+    __builtin_prefetch(next.at + 64, 0, 2);
+    next.at += next.step;
 #pragma GCC unroll 8
     for (int i = 0; i < kSumRows; ++i)
 #pragma GCC unroll 4
@@ -130,7 +138,7 @@ class Latent {
         columns_(round_up(call.c, kNumbers * kWidth)),
         task_rows_(least(kTaskRows, vectors_ * kWidth)),
         row_blocks_(ceil_div(rows_, kTaskRows)),
-        range_keys_(most(call.places ? kListKeys : kRangeKeys, round_up(ceil_div(call.n, kMostRanges), kTileKeys))),
+        range_keys_(most(call.places ? kListKeys : kRangeKeys, round_up(ceil_div(call.n, kMostRanges), kRangeStep))),
         keys_{visible(0).begin, visible(call.m - 1).end},
         first_range_(keys_.begin / range_keys_),
         ranges_(keys_.empty() ? 0 : ceil_div(keys_.end, range_keys_) - first_range_),
@@ -258,6 +266,8 @@ class Latent {
   }
   template <int kCount, int kVectors>
   ATTNKIT_INLINE void map_strip(const Work& w, const T* up, int64_t c) const {
+    // Fetched behind the last rows: the next columns, or the head that this thread most likely takes next.
+    const T* after = up + (c + kVectors * kWidth < s_.c ? c + kVectors * kWidth : threads_ * s_.kv_b_h);
     Vec acc[kCount][kVectors];
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i)
@@ -265,7 +275,8 @@ class Latent {
       for (int j = 0; j < kVectors; ++j) acc[i][j] = zero();
     for (int64_t f = 0; f < s_.nope; ++f) {
       const T* row = up + f * s_.kv_b_row + c;
-      prefetch_row(row + kMapAhead * s_.kv_b_row, kVectors * kWidth);
+      prefetch_row(f + kMapAhead < s_.nope ? row + kMapAhead * s_.kv_b_row : after + (f + kMapAhead - s_.nope) * s_.kv_b_row,
+                   kVectors * kWidth);
 #pragma GCC unroll 16
       for (int j = 0; j < kVectors; ++j) {
         const Vec x = kVectors > 1 ? load(row + j * kWidth) : load_some(row, s_.c - c);
@@ -294,8 +305,8 @@ class Latent {
     }
   }
 
-  // Keys of one tile. Rows past `count`, up to a whole register block, can be read when they are used as they lie only
-  // if the tile is full.
+  // Keys of one tile. Rows past `count`, up to a whole register block, are read as well: a tile is used as it lies where the
+  // cache has them.
   struct Tile {
     int64_t key, count;
     int64_t ahead;            // keys of the next tile
@@ -321,7 +332,7 @@ class Latent {
     for (; places && end > start && places[end - 1] < 0;) --end;
     // Pairs of keys stay together whatever part of the keys is seen.
     for (int64_t key = most(keys_.begin / 2 * 2, start); key < end;) {
-      const int64_t next = least(end, (key / kTileKeys + 1) * kTileKeys);
+      const int64_t next = least(end, key + kTileKeys - (key - start) % kTileKeys);
       Tile tile = {key, next - key, 0, latents, nullptr, nullptr, 0};
       if (places) {
         tile.places = places + key;
@@ -350,7 +361,7 @@ class Latent {
   }
 
   void place(const Work& w, Tile& tile) const {
-    if (in_place_ && tile.count == kTileKeys && !tile.places) {
+    if (in_place_ && !tile.places && tile.count % kNumbers == 0 && tile.key + round_up(tile.count, kAccumulators) <= s_.n) {
       tile.keys = reinterpret_cast<const Element*>(tile.stored);
       tile.stride = s_.latent_n / kNumbers;
       return;
@@ -376,25 +387,31 @@ class Latent {
       return load_some(from, left);
   }
 
-  // Fetches the next tile into the second cache while it works.
+  // Half of the next tile is fetched with the scores and half with the sums: work goes on evenly, and so does memory. This is
+  // part `i` of `parts` of one half, for a product of `steps`.
+  Fetch fetch(const Tile& tile, bool second, int64_t i, int64_t parts, int64_t steps) const {
+    if (tile.places) return {reinterpret_cast<const char*>(tile.stored), 0};
+    const char* next = reinterpret_cast<const char*>(tile.stored + tile.count * s_.latent_n);
+    const int64_t half = tile.ahead * s_.latent_n * static_cast<int64_t>(sizeof(T)) / 2;
+    return {next + (second ? half : 0) + half / parts * i, half / parts / steps};
+  }
+
   void score(const Work& w, const Element* queries, const Tile& tile, int64_t padded) const {
-    const T* next = tile.places ? tile.stored : tile.stored + tile.count * s_.latent_n;
     for (int64_t j = 0; j < padded; j += kWidth) store(w.peaks + j, splat(-kInfinity));
     for (int64_t row = 0; row < padded; row += kStrip) {
       with_vectors(least<int64_t>(kStripVectors, (padded - row) / kWidth), [&](auto vectors) {
         constexpr int kKeys = kAccumulators / vectors.count;
+        const int64_t blocks = ceil_div(tile.count, kKeys);
         for (int64_t k = 0; k < tile.count; k += kKeys) {
           // What the first queries of the tile fetch is there for the next tile; others fetch nothing new.
-          const bool fetches = row == 0 && k < tile.ahead;
-          if (fetches && tile.places)
+          if (row == 0 && tile.places)
             for (int64_t i = k; i < least(k + kKeys, tile.ahead); ++i)
-              prefetch_row(next + tile.places[tile.count + i] * s_.latent_n, key_size_);
-          const bool follows = fetches && !tile.places;
+              prefetch_row(tile.stored + tile.places[tile.count + i] * s_.latent_n, key_size_);
+          const Fetch next = row == 0 ? fetch(tile, false, k / kKeys, blocks, steps_)
+                                      : Fetch{reinterpret_cast<const char*>(tile.stored), 0};
           score_keys<Math, vectors.count>(tile.keys + k * tile.stride, tile.stride, queries + row * steps_,
                                           steps_ * kWidth, steps_, s_.scale * kLog2E, w.scores + k * task_rows_ + row,
-                                          task_rows_, w.peaks + row,
-                                          reinterpret_cast<const char*>(follows ? next + k * s_.latent_n : tile.stored),
-                                          follows ? kKeys * s_.latent_n * static_cast<int64_t>(sizeof(T)) / steps_ : 0);
+                                          task_rows_, w.peaks + row, next);
         }
       });
     }
@@ -493,10 +510,15 @@ class Latent {
     constexpr bool kPairs = kNumbers == 2;
     Element* const values = kPairs ? w.values : const_cast<Element*>(tile.keys) + c;
     const int64_t stride = kPairs ? kVectors * kWidth : tile.stride;
+    const Fetch next = fetch(tile, true, c / (kSumVectors * kWidth), ceil_div(columns_, kSumVectors * kWidth), steps);
+    const Fetch nothing = {reinterpret_cast<const char*>(tile.stored), 0};
+    // Pairing reads much itself: the second queries fetch, if there are any.
+    const int64_t fetching = padded > kSumRows ? kSumRows : 0;
     const auto add_rows = [&](auto pairs, int64_t row) {
       add_latents<Math, kVectors, pairs.count != 0>(w.weights + row, task_rows_, values, stride, steps,
                                                     w.sums + row * columns_ + c, columns_,
-                                                    kPairs ? tile.keys + c / 2 : tile.keys, tile.stride);
+                                                    kPairs ? tile.keys + c / 2 : tile.keys, tile.stride,
+                                                    row == fetching ? next : nothing);
     };
     add_rows(Vectors<kPairs>(), 0);
     for (int64_t row = kSumRows; row < padded; row += kSumRows) add_rows(Vectors<0>(), row);
@@ -552,6 +574,8 @@ class Latent {
   void to_values(const float* mixed, int64_t head, T* o) const {
     const T* down = static_cast<const T*>(s_.kv_b) + head * s_.kv_b_h + s_.nope * s_.kv_b_row;
     for (int64_t f = 0; f < s_.e; f += kWidth) {
+      // Fetched meanwhile: the next rows, or the first of the head that this thread most likely takes next.
+      const int64_t after = f + kWidth < s_.e ? kWidth * s_.kv_b_row : threads_ * s_.kv_b_h - f * s_.kv_b_row;
       Vec acc[kWidth];
       const T* row[kWidth];
 #pragma GCC unroll 16
@@ -563,7 +587,7 @@ class Latent {
       for (; c + kWidth <= s_.c; c += kWidth) {
         const Vec x = load(mixed + c);
         if (c * static_cast<int64_t>(sizeof(T)) % 64 == 0)
-          for (int k = 0; k < kWidth; ++k) __builtin_prefetch(row[k] + kWidth * s_.kv_b_row + c, 0, 2);
+          for (int k = 0; k < kWidth; ++k) __builtin_prefetch(row[k] + after + c, 0, 2);
 #pragma GCC unroll 16
         for (int k = 0; k < kWidth; ++k) acc[k] = fma(x, load(row[k] + c), acc[k]);
       }
