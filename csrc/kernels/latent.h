@@ -16,8 +16,9 @@
 
 constexpr int64_t kTileKeys = 96;  // a multiple of every number of keys in a register block
 constexpr int64_t kTaskRows = 128;
-constexpr int64_t kRangeKeys = 512;  // a power of two, as caches are: few threads then have the same number of keys
-constexpr int64_t kMostRanges = 32, kRangeStep = 32;
+// An even number of ranges of about this size or less, in whole register blocks: two threads then have the same to do.
+constexpr int64_t kRangeKeys = 8 * kTileKeys, kLeastRangeKeys = 2 * kTileKeys, kRangeStep = 24;
+constexpr int64_t kMostRanges = 32;
 // Lists are cut into ranges of their own: one for the 2,048 keys of DeepSeek's models, whose sums are then stored once.
 constexpr int64_t kListKeys = 22 * kTileKeys;
 constexpr int kAccumulators = kWidth == 16 ? 24 : 12;
@@ -138,7 +139,7 @@ class Latent {
         columns_(round_up(call.c, kNumbers * kWidth)),
         task_rows_(least(kTaskRows, vectors_ * kWidth)),
         row_blocks_(ceil_div(rows_, kTaskRows)),
-        range_keys_(most(call.places ? kListKeys : kRangeKeys, round_up(ceil_div(call.n, kMostRanges), kRangeStep))),
+        range_keys_(range_keys(call.n, call.places)),
         keys_{visible(0).begin, visible(call.m - 1).end},
         first_range_(keys_.begin / range_keys_),
         ranges_(keys_.empty() ? 0 : ceil_div(keys_.end, range_keys_) - first_range_),
@@ -214,6 +215,12 @@ class Latent {
   bool worth_threads() const {
     return static_cast<double>(s_.b * s_.h * s_.m) * static_cast<double>(s_.n) * static_cast<double>(key_size_ + s_.c) >
            kWorthAThread;
+  }
+
+  static int64_t range_keys(int64_t n, bool listed) {
+    if (listed) return most(kListKeys, round_up(ceil_div(n, kMostRanges), kTileKeys));
+    const int64_t ranges = clamp<int64_t>(2 * ceil_div(n, 2 * kRangeKeys), 2, kMostRanges);
+    return most(kLeastRangeKeys, round_up(ceil_div(n, ranges), kRangeStep));
   }
 
   // Keys that query `i` sees.
