@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,10 +52,14 @@ class Probe:
 
     def __init__(self, limit: Limit, threads: int) -> None:
         self.best = 0.0
+        self._run: Callable[[], float]
         if limit == "read":
             self._run = partial(native.read_gigabytes, torch.ones(BUFFER_BYTES // 4), threads, PROBE_SECONDS)
         elif limit == "dot" and native.bf16_dot_gflops(threads, PROBE_SECONDS):
             self._run = partial(native.bf16_dot_gflops, threads, PROBE_SECONDS)
+        elif limit == "bytes" and native.bf16_dot_gflops(threads, PROBE_SECONDS):
+            # A product of bytes sums twice the channels of one of bfloat16, at the same rate where both exist.
+            self._run = lambda: 2 * native.bf16_dot_gflops(threads, PROBE_SECONDS)
         else:  # without the instruction bfloat16 is widened, and float32 arithmetic is the limit
             self._run = partial(native.fma_gflops, threads, PROBE_SECONDS)
 

@@ -25,7 +25,7 @@ BACKWARD = {"softmax": 3.5, "mla": 3.5}
 # Operations a second of ours and a peer together, for progress bars alone: two cores of a Zen 4. A peer may be ours.
 PACE = {"sdpa": 9e10, "absorbed": 9e10, "chunk": 1.2e10, "cpu": 2e11}
 
-Limit = Literal["fma", "dot", "read"]
+Limit = Literal["fma", "dot", "bytes", "read"]
 Options = tuple[tuple[str, Any], ...]
 
 
