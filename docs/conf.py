@@ -1,4 +1,4 @@
-"""Sphinx settings. Every build writes mechanisms/ from the registry and speed/ from the bench's result lines."""
+"""Sphinx settings. Every build writes mechanisms/ from the registry and speed/ and needle/ from result lines."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ sys.path.insert(0, str(HERE))
 
 import advise_page  # noqa: E402
 import mechanism_pages  # noqa: E402
+import needle_page  # noqa: E402
 import speed_page  # noqa: E402
 
 import attnkit  # noqa: E402
@@ -26,10 +27,11 @@ myst_heading_anchors = 3
 autodoc_typehints = "none"
 napoleon_use_rtype = False  # a result is named, and its description says its shape and dtype
 autodoc_member_order = "bysource"
-exclude_patterns = ["_build", "advise/*.md", "speed/*.md"]
+exclude_patterns = ["_build", "advise/*.md", "needle/*.md", "speed/*.md"]
 html_theme = "furo"
 html_title = f"attnkit {attnkit.__version__}"
 
 advise_page.write(HERE / "advise", HERE.parent / "benchmarks" / "results")
 mechanism_pages.write(HERE / "mechanisms")
+needle_page.write(HERE.parent / "benchmarks" / "results", HERE / "needle")
 speed_page.write(HERE.parent / "benchmarks" / "results", HERE / "speed")
