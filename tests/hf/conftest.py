@@ -9,11 +9,30 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+import torch
 import transformers
 
 import attnkit.hf
+from attnkit.hf.names import arguments
 from attnkit.parity.families import FAMILIES, build
 from attnkit.parity.subject import float64_softmax
+
+
+def _old_names(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call`` of a model, whose cache may be given as ``cache``."""
+
+    def renamed(self: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(options.get("cache"), transformers.Cache) and "cache" not in arguments(self):
+            options["past_key_values"] = options.pop("cache")
+        return call(self, *args, **options)
+
+    return renamed
+
+
+# Transformers before 5.24 has another name for what these tests call ``cache`` (make hf-oldest).
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
+    transformers.PreTrainedModel.__call__ = _old_names(torch.nn.Module.__call__)
+    transformers.GenerationMixin.generate = _old_names(transformers.GenerationMixin.generate)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -118,6 +118,7 @@ Q = torch.randn(1, 2, 3, 4)
     [
         ({"temperature": 2.0}, "temperature"),
         ({"dropout": 0.5}, "without dropout"),
+        ({"attention_mask": Q}, "a mask of the caller's"),
         ({"position_bias": Q}, "position_bias"),
         ({}, "other keys than those it stored"),
     ],
@@ -125,7 +126,10 @@ Q = torch.randn(1, 2, 3, 4)
 def test_arguments_that_are_not_known_are_refused(kwargs: dict[str, Any], error: str) -> None:
     starts = torch.tensor([0, 1, 3])
     with pytest.raises(NotImplementedError, match=error):
-        joined_attention(torch.nn.Module(), Q, Q, Q, None, cu_seq_lens_q=starts, cu_seq_lens_k=starts, **kwargs)
+        joined_attention(
+            *(torch.nn.Module(), Q, Q, Q),
+            **{"attention_mask": None, "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, **kwargs},
+        )
 
 
 def test_names_are_taken_back_together() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import cache_utils as theirs
 from attnkit.hf.accelerate import check_runs_ours
 from attnkit.hf.carried import carried
 from attnkit.hf.layers import PAGE, PagedLayer
+from attnkit.hf.names import arguments, as_cache
 from attnkit.state import PagedKVState, PagePool
 
 
@@ -82,20 +82,16 @@ def generate_batch(
 def _next(model: nn.Module, ids: list[list[int]], positions: list[Any], cache: _Ragged) -> list[int]:
     """The most likely token after each sequence, whose newest tokens are ``ids``."""
     device = next(model.parameters()).device
-    options = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(model) else {}
+    options = {"logits_to_keep": 1} if "logits_to_keep" in arguments(model) else {}
     out = model(
         input_ids=torch.tensor(ids, device=device),
         position_ids=torch.tensor([list(row) for row in positions], device=device),
-        cache=cache,
         use_cache=True,
+        **as_cache(model, cache),
         **options,
     )
     tokens: list[int] = out.logits[:, -1].argmax(-1).tolist()
     return tokens
-
-
-def _arguments(model: nn.Module) -> Any:
-    return inspect.signature(model.forward).parameters
 
 
 def _ends(model: Any, given: int | Iterable[int] | None) -> set[int]:
@@ -121,7 +117,7 @@ class _Ragged(theirs.Cache):
 
     def __init__(self, model: Any, pages: int) -> None:
         check_runs_ours(model, "generate_batch")
-        if "position_ids" not in _arguments(model):
+        if "position_ids" not in arguments(model):
             raise NotImplementedError(
                 f"generate_batch got a {type(model).__name__}, which counts positions itself: use generate"
             )

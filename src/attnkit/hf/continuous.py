@@ -21,6 +21,7 @@ from transformers.generation.continuous_batching.cache_allocators import FullAtt
 from attnkit.hf.accelerate import check_runs_ours
 from attnkit.hf.attention import attention, check_window, refuse
 from attnkit.hf.batching import check_layers
+from attnkit.hf.masks import CarriedMask
 from attnkit.masks import Mask, causal, window
 from attnkit.mechanisms.softmax import softmax_attention, softmax_attention_step
 from attnkit.state import PagedKVState
@@ -230,7 +231,8 @@ def joined_attention(
         others |= {"is_causal": is_causal, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
         return attention(module, query, key, value, attention_mask, dropout, scaling, **others)
     refuse(module, s_aux, {name: value for name, value in others.items() if name not in _BOOKKEEPING})
-    if dropout or attention_mask is not None:
+    # Before 5.24 a mask is made even so, from positions that restart: what it says the lengths say.
+    if dropout or not (attention_mask is None or isinstance(attention_mask, CarriedMask)):
         raise NotImplementedError("attnkit joins sequences without dropout and without a mask of the caller's")
     if cache is not None:
         arguments: dict[str, Any] = {

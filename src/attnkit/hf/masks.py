@@ -222,6 +222,9 @@ def _readers() -> dict[Any, Callable[[dict[str, Any], _Frame], _Reading | None]]
 
 @functools.cache
 def _code(factory: str) -> Any:
+    """The code of the closures that ``factory`` makes; of none where Transformers is too old to have it."""
+    if not hasattr(theirs, factory):
+        return object()
     some: Any = torch.zeros(1, 1, dtype=torch.int64)
     arguments = {
         "and_masks": (),

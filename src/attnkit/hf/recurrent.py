@@ -100,9 +100,11 @@ def lightning(
     position_embeddings: Any = None,
     attention_mask: Tensor | None = None,
     cache: Any = None,
+    past_key_values: Any = None,  # its name before Transformers 5.24
     **others: Any,
 ) -> tuple[Tensor, Tensor]:
     """``MiniMaxLightningAttention.forward``: hidden states ``(b, n, width)`` to the same and the state after them."""
+    cache = past_key_values if cache is None else cache
     b, n, _ = hidden_states.shape
     mixed = layer.act_fn(layer.qkv_proj(hidden_states))
     if attention_mask is not None:

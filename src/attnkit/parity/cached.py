@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from attnkit.hf.names import as_cache
 from attnkit.parity.caches import PLAIN, cache
 from attnkit.parity.forward import LOGITS, Trace, judged, left_padded
 from attnkit.parity.record import Check, Finding, Lane
@@ -23,7 +24,7 @@ def read(model: Any, subject: Subject, cuts: Iterable[int], name: str) -> Trace:
     held, logits = cache(name, model.config, ids.shape[1] + 1), []
     with torch.no_grad(), hidden_states(model) as seen:
         for start, end in pairwise((0, *cuts)):
-            out = model(ids[:, start:end], attention_mask=kept[:, :end], cache=held, use_cache=True)
+            out = model(ids[:, start:end], attention_mask=kept[:, :end], use_cache=True, **as_cache(model, held))
             logits.append(out.logits)
     found = {name: torch.cat(calls, 1) for name, calls in seen.items() if all(x.dim() == 3 for x in calls)}
     return {name: x[kept.bool()] for name, x in (found | {LOGITS: torch.cat(logits, 1)}).items()}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from attnkit.hf.names import as_cache
 from attnkit.masks import explicit
 from attnkit.mechanisms.softmax import softmax_attention
 from attnkit.parity.caches import cache
@@ -148,7 +149,7 @@ def _pass(
             held = cache("dynamic", model.config, ids.shape[1])
             for start, end in pairwise((0, *cuts)):
                 seen = None if kept is None else kept[:, :end]
-                model(ids[:, start:end], attention_mask=seen, cache=held, use_cache=True)
+                model(ids[:, start:end], attention_mask=seen, use_cache=True, **as_cache(model, held))
     return calls
 
 

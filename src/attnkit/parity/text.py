@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnkit.hf.names import as_cache
 from attnkit.parity.caches import PLAIN, cache
 from attnkit.parity.record import Check, Finding, Lane, Verdict
 from attnkit.parity.subject import Subject, layers
@@ -48,7 +49,7 @@ class Said:
 
 def said(model: Any, text: Tensor, cuts: Sequence[int] = (), name: str | None = None) -> Said:
     """What ``model`` says of ``text`` ``(t,)``, read whole or, with a cache, in pieces that end at ``cuts``."""
-    options = {} if name is None else {"cache": cache(name, model.config, len(text) + 1)}
+    options = {} if name is None else as_cache(model, cache(name, model.config, len(text) + 1))
     logits = []
     with torch.no_grad():
         for start, end in pairwise((0, *(cuts or (len(text),)))):
@@ -151,10 +152,10 @@ def written(model: Any, prompt: Tensor, new: int, held: Any) -> Tensor:
     """The ``new`` tokens that follow ``prompt`` ``(1, t)``, read into the empty cache ``held``; the likeliest each."""
     tokens: list[Tensor] = []
     with torch.no_grad():
-        logits = model(prompt, cache=held, use_cache=True).logits[:, -1]
+        logits = model(prompt, use_cache=True, **as_cache(model, held)).logits[:, -1]
         for _ in range(new - 1):
             tokens.append(logits.argmax(-1, keepdim=True))
-            logits = model(tokens[-1], cache=held, use_cache=True).logits[:, -1]
+            logits = model(tokens[-1], use_cache=True, **as_cache(model, held)).logits[:, -1]
     return torch.cat([*tokens, logits.argmax(-1, keepdim=True)], 1)[0]
 
 
