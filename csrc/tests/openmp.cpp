@@ -115,6 +115,11 @@ bool GOMP_loop_nonmonotonic_dynamic_start(long begin, long end, long step, long 
   return start(begin, end, step, chunk, from, to);
 }
 bool GOMP_loop_nonmonotonic_dynamic_next(long* from, long* to) { return next(from, to); }
+// How many turns a thread takes at a time is nothing to results: guided loops are shared out as dynamic ones.
+bool GOMP_loop_nonmonotonic_guided_start(long begin, long end, long step, long chunk, long* from, long* to) {
+  return GOMP_loop_dynamic_start(begin, end, step, chunk, from, to);
+}
+bool GOMP_loop_nonmonotonic_guided_next(long* from, long* to) { return next(from, to); }
 void GOMP_loop_end(void) { GOMP_barrier(); }
 void GOMP_loop_end_nowait(void) {}
 
