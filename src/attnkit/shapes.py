@@ -124,6 +124,24 @@ def check_keep(where: str, keep: Tensor | None) -> None:
         raise TypeError(f"{where}: keep has dtype {keep.dtype}, expected bool: True for tokens, False for padding")
 
 
+def check_padded(where: str, keys: str, keep: Tensor | None, **tensors: tuple[Any, str]) -> dict[str, int]:
+    """``check_call``, and ``keep`` bool (b, keys): False for padding; None keeps every token."""
+    marks = {} if keep is None else {"keep": (keep, f"b {keys}")}
+    sizes = check_call(where, **tensors, **marks)
+    check_keep(where, keep)
+    return sizes
+
+
+def kept(where: str, q: Tensor, keep: Tensor | None) -> Tensor:
+    """``keep`` once it fits queries ``(b, h, n, d)``; all True when None."""
+    if keep is None:
+        return torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+    check(where, q=(q, "b h n d"), keep=(keep, "b n"))
+    check_device(where, q=q, keep=keep)
+    check_keep(where, keep)
+    return keep
+
+
 def check_groups(where: str, h: int, g: int) -> None:
     """The KV heads divide the query heads, of which there are some."""
     if g == 0 or h == 0 or h % g:

@@ -86,13 +86,7 @@ def call(
         raise ValueError(
             f"{where}: block is {block} and window {window}, expected at least 1, the window an odd number"
         )
-    if keep is None:
-        keep = torch.ones(sizes["b"], sizes["n"], dtype=torch.bool, device=q.device)
-    else:
-        shapes.check(where, q=(q, "b h n d"), keep=(keep, "b n"))
-        shapes.check_device(where, q=q, keep=keep)
-        if keep.dtype != torch.bool:
-            raise TypeError(f"{where}: keep has dtype {keep.dtype}, expected bool: True for a real token")
+    keep = shapes.kept(where, q, keep)
     _check_blocks(where, random_blocks, sizes["h"], -(-sizes["n"] // block), window)
     return {
         "q": q,

@@ -111,12 +111,8 @@ def _check(where: str, keys: str, keep: Tensor | None, **given: Tensor) -> dict[
     by_token = isinstance(given["log_decay"], Tensor) and given["log_decay"].dim() == 3
     patterns = {"q": "b h m d", "k": f"b g {keys} d", "v": f"b g {keys} e", "state": "b g d e"}
     patterns["log_decay"] = f"b g {keys}" if by_token else f"b g {keys} d"
-    held = {name: (x, patterns[name]) for name, x in given.items()}
-    if keep is not None:
-        held["keep"] = (keep, f"b {keys}")
-    sizes = shapes.check_call(where, **held)
+    sizes = shapes.check_padded(where, keys, keep, **{name: (x, patterns[name]) for name, x in given.items()})
     shapes.check_floating(where, log_decay=given["log_decay"])
-    shapes.check_keep(where, keep)
     return sizes
 
 

@@ -143,11 +143,7 @@ def _check(
     given: dict[str, tuple[Tensor, str]] = {"q": (q, "b h m d"), "k": (k, f"b g {keys} d"), "v": (v, f"b g {keys} e")}
     if projection is not None:
         given["projection"] = (projection, "f d")
-    if keep is not None:
-        given["keep"] = (keep, f"b {keys}")
-    sizes = shapes.check_call(where, **given)
-    shapes.check_keep(where, keep)
-    return sizes
+    return shapes.check_padded(where, keys, keep, **given)
 
 
 def sample(

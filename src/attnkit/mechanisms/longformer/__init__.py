@@ -96,13 +96,7 @@ def call(
     shapes.check_groups(where, sizes["h"], sizes["g"])
     if radius < 0:
         raise ValueError(f"{where}: radius is {radius}, expected at least 0")
-    if keep is None:
-        keep = torch.ones(sizes["b"], sizes["n"], dtype=torch.bool, device=q.device)
-    else:
-        shapes.check(where, q=(q, "b h n d"), keep=(keep, "b n"))
-        shapes.check_device(where, q=q, keep=keep)
-        if keep.dtype != torch.bool:
-            raise TypeError(f"{where}: keep has dtype {keep.dtype}, expected bool: True for a real token")
+    keep = shapes.kept(where, q, keep)
     return {
         "q": q,
         "k": k,

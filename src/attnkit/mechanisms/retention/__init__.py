@@ -116,12 +116,8 @@ def retention_attention_step(
 def _check(where: str, keys: str, keep: Tensor | None, **given: Tensor) -> dict[str, int]:
     """Sizes of the axes; ``keys`` is the letter of the tokens that keys are of."""
     patterns = {"q": "b h m d", "k": f"b g {keys} d", "v": f"b g {keys} e", "log_decay": "h", "state": "b h d e"}
-    held = {name: (x, patterns[name]) for name, x in given.items()}
-    if keep is not None:
-        held["keep"] = (keep, f"b {keys}")
-    sizes = shapes.check_call(where, **held)
+    sizes = shapes.check_padded(where, keys, keep, **{name: (x, patterns[name]) for name, x in given.items()})
     shapes.check_floating(where, log_decay=given["log_decay"])
-    shapes.check_keep(where, keep)
     return sizes
 
 
