@@ -46,6 +46,8 @@ int32_t check_softmax(const attnkit_softmax& s) {
   if (!sizes_are_good(s)) return ATTNKIT_BAD_SIZE;
   if (s.left < -kMostDistance || s.left > kMostDistance || s.right < -kMostDistance || s.right > kMostDistance)
     return ATTNKIT_BAD_MASK;
+  if (s.drop_below < 0 || s.drop_below >= 1 << 24) return ATTNKIT_BAD_SIZE;
+  if (s.drop_below && s.kernel == ATTNKIT_DECODE) return ATTNKIT_BAD_KERNEL;
   if (s.offsets && s.kernel == ATTNKIT_DECODE && s.m > ATTNKIT_BLOCK_QUERIES) return ATTNKIT_BAD_KERNEL;
   return ATTNKIT_OK;
 }

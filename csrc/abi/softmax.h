@@ -40,10 +40,13 @@ typedef struct attnkit_softmax {
   int64_t left, right;
   int64_t mask_batches, mask_heads; /* 1 or b, 1 or h */
   int64_t threads;
+  int64_t seed; /* of dropout */
   int32_t dtype;
   int32_t kernel;
+  int32_t drop_below; /* weights whose 24 random bits are below it are dropped, see attnkit.noise; 0 for no dropout */
   float scale;
-  float softcap; /* 0 for none */
+  float softcap;    /* 0 for none */
+  float keep_scale; /* what dropout multiplies the other weights by; not read without dropout */
 } attnkit_softmax;
 
 /* Bytes of scratch memory a call needs, or minus a status code. */

@@ -2,6 +2,9 @@
 //
 // With P = exp(logit - lse) and D = o . do - dlse of each query:
 //   dlogit = P (do . v - D)     dv += P do     dk += dlogit q     dq += dlogit k     dbias += dlogit
+// and with dropout, Z = 1 / (1 - p) or 0,
+//   dlogit = P (Z do . v - D)   dv += P Z do
+// where the kernel leaves out the factor 1 / (1 - p) of both until the end: D is taken 1 - p times as large.
 //
 // A task owns a chunk of the keys of one KV head. It takes them in tiles of 192 (3 key blocks, 32 register blocks of 6),
 // packs a tile once, and meets it with panels of 96 queries of every head of the group. The products q.k and do.v read
@@ -97,6 +100,7 @@ class Backward {
       : s_(call),
         g_(gradients),
         logits_(call),
+        dropout_(call),
         ratio_(call.h / call.g),
         rows_(round_up(call.m, kPanelRows)),
         key_steps_(ceil_div(call.d, kNumbers)),
@@ -152,8 +156,9 @@ class Backward {
   // one that sums over the numbers of a row; in float32 they are the same rows.
   struct Head {
     int64_t batch, head;
+    uint64_t chance;     // see Dropout::of_head
     float *lse, *rest;   // of each row, in exponents of two, +inf where nothing is seen: their sum is the log-sum-exp
-    float* delta;        // D above
+    float* delta;        // D above, divided by the scale of dropout
     Element *query_across, *slope_across, *query_along, *slope_along;
     float* sums;         // of dq, for each chunk
     uint8_t* odd;        // of each block: a query or its gradient holds a NaN or an infinity
@@ -231,6 +236,7 @@ class Backward {
     Head q;
     q.batch = batch;
     q.head = h;
+    q.chance = dropout_.of_head(batch, h);
     q.lse = stats_of(stats, batch, h);
     q.rest = q.lse + rows_;
     q.delta = q.rest + rows_;
@@ -275,7 +281,7 @@ class Backward {
       o = static_cast<const T*>(s_.v) + h.batch * s_.v_b + h.head / ratio_ * s_.v_g + only.begin * s_.v_n;
     const attnkit_softmax outputs = rows_of(count, s_.e, only.empty() ? s_.o_m : only.end - only.begin > 1 ? s_.v_n : 0);
     pack_key_block<Math>(outputs, o, PackedSizes<Math>(outputs), 0, w.values_down);
-    for (int group = 0; group * kRows < count; ++group) row_numbers(w, h, first, count, group);
+    for (int group = 0; group * kRows < count; ++group) row_numbers(w, h, first, count, group, only);
     for (int64_t i = count; i < kBlockQueries; ++i) {
       h.lse[first + i] = kInfinity;
       h.rest[first + i] = h.delta[first + i] = 0.0f;
@@ -291,9 +297,15 @@ class Backward {
     return lone ? Range{from.begin, to.end} : Range{0, 0};
   }
 
+  // The one of row i of a block.
+  static int64_t only_key(Range only, int64_t i) { return only.end - only.begin > 1 ? only.begin + i : only.begin; }
+  bool keeps(const Head& h, int64_t query, int64_t key) const {
+    return dropout_.kept(dropout_.of_row(h.chance, query), key / kWidth * kWidth) >> key % kWidth & 1;
+  }
+
   // What weights and slopes of six rows are taken against. o . do is the diagonal of a product, so that its sums run in the
   // order of do . v: where a row sees one key, whose value is then its output, their difference is exactly 0.
-  void row_numbers(const Work& w, const Head& h, int64_t first, int64_t count, int group) const {
+  void row_numbers(const Work& w, const Head& h, int64_t first, int64_t count, int group, Range only) const {
     const int64_t begin = group * kRows, end = least(begin + kRows, count);
     multiply_columns(h.slope_along + (first + begin) * slope_lda_, slope_lda_, w.values_down, value_steps_,
                      {begin / kWidth * kWidth, round_up(end, kWidth)}, w.scores);
@@ -305,7 +317,9 @@ class Backward {
       const double exponent = lse * kExactLog2E;
       h.lse[first + i] = seen ? static_cast<float>(exponent) : kInfinity;
       h.rest[first + i] = seen ? static_cast<float>(exponent - static_cast<double>(h.lse[first + i])) : 0.0f;
-      h.delta[first + i] = seen ? w.scores[(i - begin) * kScoreKeys + i] - (g_.d_lse ? g_.d_lse[row] : 0.0f) : 0.0f;
+      float product = w.scores[(i - begin) * kScoreKeys + i];
+      if (dropout_.drops) product = only.empty() ? product / dropout_.scale : keeps(h, first + i, only_key(only, i)) ? product : 0.0f;
+      h.delta[first + i] = seen ? product - (g_.d_lse ? g_.d_lse[row] / dropout_.scale : 0.0f) : 0.0f;
     }
   }
 
@@ -345,8 +359,8 @@ class Backward {
           meet(w, h, first, tile * kBackBlocks, blocks, odd);
       }
       const int64_t out = kv * s_.n + key;
-      if (g_.d_k) finish(w.d_keys, key_columns_, count, s_.d, s_.scale, static_cast<T*>(g_.d_k) + out * s_.d);
-      if (g_.d_v) finish(w.d_values, value_columns_, count, s_.e, 1.0f, static_cast<T*>(g_.d_v) + out * s_.e);
+      if (g_.d_k) finish(w.d_keys, key_columns_, count, s_.d, s_.scale * dropout_.scale, static_cast<T*>(g_.d_k) + out * s_.d);
+      if (g_.d_v) finish(w.d_values, value_columns_, count, s_.e, dropout_.scale, static_cast<T*>(g_.d_v) + out * s_.e);
     }
   }
 
@@ -364,7 +378,7 @@ class Backward {
         Vec total = load(h.sums + i * key_columns_ + c);
         for (int64_t part = 1; part < chunks_; ++part)
           total = total + load(h.sums + (part * rows_ + i) * key_columns_ + c);
-        store_some(out + i * s_.d + c, total * splat(s_.scale), s_.d - c);
+        store_some(out + i * s_.d + c, total * splat(s_.scale * dropout_.scale), s_.d - c);
       }
     }
   }
@@ -382,7 +396,8 @@ class Backward {
   // The sink's weight in a row, times that row's D.
   double sink_part(const float* row, int64_t h) const {
     const double exponent = static_cast<double>(s_.sink[h]) * kExactLog2E - static_cast<double>(row[0]);
-    return __builtin_exp2(exponent - static_cast<double>(row[rows_])) * static_cast<double>(row[2 * rows_]);
+    const double delta = static_cast<double>(row[2 * rows_]) * static_cast<double>(dropout_.scale);
+    return __builtin_exp2(exponent - static_cast<double>(row[rows_])) * delta;
   }
 
   // A bias that all keys of a row share moves its log-sum-exp, and weights only against the sink's: summing dlogit instead
@@ -503,16 +518,20 @@ class Backward {
       multiply_columns(h.slope_along + (first + group * kRows) * slope_lda_, slope_lda_,
                        w.values_down + j * kBlockKeys * value_steps_, value_steps_, columns(p, i, group, j),
                        products + group * kRows * kScoreKeys);
-    const bool plain = logits_.plain && !p.partial[i][j];
+    const bool plain = logits_.plain && !p.partial[i][j] && !dropout_.drops;
     for (int group = 0; group < p.groups(i); ++group) {
       const Range r = columns(p, i, group, j);
       if (r.empty()) continue;
       if (plain) {
-        weigh<true>(w, h, p, i, j, group, r, scores, products);
+        weigh<true, false>(w, h, p, i, j, group, r, scores, products);
       } else {
         for (int row = group * kRows; row < (group + 1) * kRows; ++row)
           to_logits(w, h, p, i, j, row, r, scores + row * kScoreKeys);
-        weigh<false>(w, h, p, i, j, group, r, scores, products);
+        if (dropout_.drops) {
+          weigh<false, true>(w, h, p, i, j, group, r, scores, products);
+        } else {
+          weigh<false, false>(w, h, p, i, j, group, r, scores, products);
+        }
       }
     }
   }
@@ -538,14 +557,16 @@ class Backward {
   }
 
   // Weights and slopes of six rows. Only calls that are not plain hide keys, cap logits or want the gradient of a bias.
-  template <bool kPlain>
+  template <bool kPlain, bool kDrops>
   ATTNKIT_NOINLINE void weigh(const Work& w, const Head& h, const Meeting& p, int i, int j, int group, Range r,
                               const float* scores, const float* products) const {
     const Vec factor = splat(logits_.exponent);
     const int64_t first = p.first + i * kBlockQueries;
     for (int64_t row = group * kRows; row < (group + 1) * kRows; row += kNumbers) {
       Vec shift[kNumbers], rest[kNumbers], delta[kNumbers];
+      uint64_t chance[kNumbers];
       for (int a = 0; a < kNumbers; ++a) {
+        if constexpr (kDrops) chance[a] = dropout_.of_row(h.chance, first + row + a);
         shift[a] = splat(-h.lse[first + row + a]);
         rest[a] = splat(h.rest[first + row + a]);
         delta[a] = splat(h.delta[first + row + a]);
@@ -561,13 +582,18 @@ class Backward {
             // Weights that are rounded to pairs do not notice the rest.
             const Vec exponent = fma(x, factor, shift[a]);
             weight[a][b] = exp2<Math::kExpDegree>(kInPlace ? exponent - rest[a] : exponent);
-            slope[a][b] = weight[a][b] * (load(products + at) - delta[a]);
+            Vec product = load(products + at);
+            const int64_t key = (p.key_block + j) * kBlockKeys + c + b * kWidth;
+            const Bits kept = kDrops ? dropout_.kept(chance[a], key) : 0;
+            if constexpr (kDrops) product = select(kept, product, 0.0f);
+            slope[a][b] = weight[a][b] * (product - delta[a]);
+            if constexpr (kDrops) weight[a][b] = select(kept, weight[a][b], 0.0f);
             if constexpr (!kPlain) {
               const Bits seen = bits_unequal(x, -kInfinity);
               weight[a][b] = select(seen, weight[a][b], 0.0f);
               slope[a][b] = select(seen, slope[a][b], 0.0f);
               if (g_.d_bias && g_.d_bias_n && first + row + a < s_.m)
-                add_bias(h, first + row + a, (p.key_block + j) * kBlockKeys + c + b * kWidth, slope[a][b]);
+                add_bias(h, first + row + a, key, slope[a][b]);
               if (s_.softcap > 0)
                 slope[a][b] = slope[a][b] * load(w.caps + (row + a) * kBlockKeys + c + b * kWidth);
             }
@@ -586,7 +612,7 @@ class Backward {
     float* to = g_.d_bias + h.batch * g_.d_bias_b + h.head * g_.d_bias_h + query * g_.d_bias_m + key * g_.d_bias_n;
     const int64_t count = least<int64_t>(kWidth, s_.n - key);
     if (count <= 0) return;
-    store_some(to, load_some(to, count) + slope, count);
+    store_some(to, load_some(to, count) + slope * splat(dropout_.scale), count);
   }
 
   // 0 where a sum over queries reads and nothing was computed.
@@ -672,6 +698,7 @@ class Backward {
   const attnkit_softmax& s_;
   const attnkit_softmax_gradients& g_;
   const Logits logits_;
+  const Dropout dropout_;
   const int64_t ratio_;                         // query heads of one KV head
   const int64_t rows_;                          // queries, whole panels
   const int64_t key_steps_, value_steps_;       // of the first two products

@@ -30,6 +30,7 @@ class Prefill {
   explicit Prefill(const attnkit_softmax& call)
       : s_(call),
         logits_(call),
+        dropout_(call),
         ratio_(call.h / call.g),
         query_blocks_(ceil_div(call.m, kBlockQueries)),
         narrow_(!call.offsets && spans_one_tile()),
@@ -279,7 +280,11 @@ class Prefill {
     if (!logits_.plain) to_logits(w, queries, group, seen);
     if (seen.partly || !logits_.plain) hide(w, queries, tile, group, seen);
     raise_tops(w, group);
-    weigh(w, group, seen);
+    if (dropout_.drops) {
+      weigh<true>(w, queries, group, seen);
+    } else {
+      weigh<false>(w, queries, group, seen);
+    }
     bool careful = false;
     for (int i = 0; i < tile.blocks; ++i)
       careful = careful || (!seen.columns[i].empty() && (s_.bias || seen.partial[i]) && kv.odd_values[tile.block[i] - kv.first]);
@@ -369,10 +374,12 @@ class Prefill {
     for (int64_t c = 0; c < value_columns_; c += kWidth) store(sums + c, load(sums + c) * splat(by));
   }
 
-  // Weights of the group, and their totals. Rows go through one loop together: one row alone is a chain of dependent
+  // Weights of the group, and their totals, which dropout leaves alone. Rows go through one loop together: one row alone is a chain of dependent
   // instructions, and a loop that ends after every row is often guessed wrong.
-  void weigh(const Work& w, int group, const View& seen) const {
+  template <bool kDrops>
+  void weigh(const Work& w, const Queries& queries, int group, const View& seen) const {
     const Vec factor = splat(logits_.exponent);
+    const uint64_t head = kDrops ? dropout_.of_head(queries.batch, queries.head) : 0;
 #pragma GCC unroll 1
     for (int first = 0; first < kRows; first += kWeighRows) {
       const float* scores = w.scores + first * kTileKeys;
@@ -380,10 +387,12 @@ class Prefill {
       float* totals = w.totals + (group * kRows + first) * kWidth;
       const float* tops = w.tops + group * kRows + first;
       Vec total[kWeighRows], shift[kWeighRows];
+      uint64_t chance[kWeighRows];
 #pragma GCC unroll 6
       for (int i = 0; i < kWeighRows; ++i) {
         total[i] = load(totals + i * kWidth);
         shift[i] = splat(tops[i] == -kInfinity ? 0.0f : -tops[i]);
+        if constexpr (kDrops) chance[i] = dropout_.of_row(head, queries.begin(group) + first + i);
       }
       for (int span = 0; span < seen.spans; ++span) {
         const Range r = whole_vectors(seen.span[span]);
@@ -395,6 +404,8 @@ class Prefill {
             for (int j = 0; j < Math::kExpVectors; ++j) {
               x[j] = exp2<Math::kExpDegree>(fma(load(scores + i * kTileKeys + c + j * kWidth), factor, shift[i]));
               total[i] = total[i] + x[j];
+              if constexpr (kDrops)
+                x[j] = select(dropout_.kept(chance[i], seen.shift[span] + c + j * kWidth), x[j], 0.0f);
             }
             Math::store_weights(weights + i * kWeightStep + c / Math::kNumbers, x);
           }
@@ -450,7 +461,7 @@ class Prefill {
     T* o = output(queries);
     for (int64_t row = 0; row < queries.count; ++row) {
       const RowEnd end(w.tops[row], sum(load(w.totals + row * kWidth)), s_.sink ? s_.sink + queries.head : nullptr);
-      const Vec factor = splat(end.factor);
+      const Vec factor = splat(end.factor * dropout_.scale);
       const float* sums = w.sums + row * value_columns_;
       for (int64_t c = 0; c < s_.e; c += kWidth)
         store_some(o + row * s_.o_m + c, load(sums + c) * factor, least<int64_t>(kWidth, s_.e - c));
@@ -460,6 +471,7 @@ class Prefill {
 
   const attnkit_softmax& s_;
   const Logits logits_;
+  const Dropout dropout_;
   const int64_t ratio_;          // query heads of one KV head
   const int64_t query_blocks_;
   const bool narrow_;            // the keys of a block of queries always fit into one tile

@@ -124,6 +124,13 @@ ATTNKIT_INLINE Vec copy_sign(Vec magnitude, Vec sign) {
   return from_bits((bits_of(magnitude) & 0x7fffffff) | (bits_of(sign) & INT32_MIN));
 }
 
+// Half as many numbers of 64 bits.
+typedef uint64_t Longs __attribute__((vector_size(16)));
+// Bit i: number i of low, and then of high, is below the limit.
+ATTNKIT_INLINE Bits bits_below(Longs low, Longs high, uint64_t limit) {
+  return static_cast<Bits>((low[0] < limit) | (low[1] < limit) << 1 | (high[0] < limit) << 2 | (high[1] < limit) << 3);
+}
+
 // x split as whole + fraction in [0, 1); the result is scaled by 2^whole. -inf gives 0, NaN stays.
 struct Split {
   Vec fraction;

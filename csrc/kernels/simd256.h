@@ -94,6 +94,20 @@ ATTNKIT_INLINE Vec copy_sign(Vec magnitude, Vec sign) {
   return _mm256_or_ps(_mm256_andnot_ps(top, magnitude), _mm256_and_ps(top, sign));
 }
 
+// Half as many numbers of 64 bits.
+typedef uint64_t Longs __attribute__((vector_size(32)));
+// Bit i: number i of low, and then of high, is below the limit.
+ATTNKIT_INLINE Bits bits_below(Longs low, Longs high, uint64_t limit) {
+  // AVX2 compares signed numbers only.
+  const __m256i sign = _mm256_set1_epi64x(INT64_MIN);
+  const __m256i top = _mm256_xor_si256(_mm256_set1_epi64x(static_cast<long long>(limit)), sign);
+  const auto below = [&](Longs x) {
+    return static_cast<Bits>(_mm256_movemask_pd(
+        _mm256_castsi256_pd(_mm256_cmpgt_epi64(top, _mm256_xor_si256(reinterpret_cast<__m256i>(x), sign)))));
+  };
+  return below(low) | below(high) << 4;
+}
+
 // x split as whole + fraction in [0, 1); the result is scaled by 2^whole. -inf gives 0, NaN stays.
 struct Split {
   Vec fraction;

@@ -77,6 +77,15 @@ ATTNKIT_INLINE Vec copy_sign(Vec magnitude, Vec sign) {
   return _mm512_or_ps(_mm512_andnot_ps(top, magnitude), _mm512_and_ps(top, sign));
 }
 
+// Half as many numbers of 64 bits.
+typedef uint64_t Longs __attribute__((vector_size(64)));
+// Bit i: number i of low, and then of high, is below the limit.
+ATTNKIT_INLINE Bits bits_below(Longs low, Longs high, uint64_t limit) {
+  const __m512i top = _mm512_set1_epi64(static_cast<long long>(limit));
+  return _mm512_kunpackb(_mm512_cmplt_epu64_mask(reinterpret_cast<__m512i>(high), top),
+                         _mm512_cmplt_epu64_mask(reinterpret_cast<__m512i>(low), top));
+}
+
 // x split as whole + fraction in [0, 1); the result is scaled by 2^whole. -inf gives 0, NaN stays.
 struct Split {
   Vec fraction;

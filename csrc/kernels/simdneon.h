@@ -86,6 +86,14 @@ ATTNKIT_INLINE Vec copy_sign(Vec magnitude, Vec sign) {
   return vbslq_f32(vdupq_n_u32(0x80000000u), sign, magnitude);
 }
 
+// Half as many numbers of 64 bits.
+using Longs = uint64x2_t;
+// Bit i: number i of low, and then of high, is below the limit.
+ATTNKIT_INLINE Bits bits_below(Longs low, Longs high, uint64_t limit) {
+  const uint64x2_t top = vdupq_n_u64(limit);
+  return bits_set(vuzp1q_u32(vreinterpretq_u32_u64(vcltq_u64(low, top)), vreinterpretq_u32_u64(vcltq_u64(high, top))));
+}
+
 // x split as whole + fraction in [0, 1); the result is scaled by 2^whole. -inf gives 0, NaN stays.
 struct Split {
   Vec fraction;

@@ -10,6 +10,7 @@ namespace {
 #include "../kernels/gemm.h"
 #include "../kernels/visible.h"
 #include "../kernels/logits.h"
+#include "../kernels/dropout.h"
 #include "../kernels/threads.h"
 #include "../kernels/pack.h"
 #include "../kernels/prefill.h"

@@ -72,9 +72,10 @@ struct Case : SoftmaxCall {
         if (!visible[row * s.n + j]) continue;
         const double* key = &k.values[b * s.k_b + kv * s.k_g + j * s.k_n];
         const double* value = &v.values[b * s.v_b + kv * s.v_g + j * s.v_n];
+        const double kept = chance(b, h, i, j);
         double x = 0.0, slope = -delta, cap = 1.0;
         for (int64_t c = 0; c < s.d; ++c) x += query[c] * key[c];
-        for (int64_t c = 0; c < s.e; ++c) slope += slopes[c] * value[c];
+        for (int64_t c = 0; c < s.e; ++c) slope += kept * slopes[c] * value[c];
         x *= s.scale;
         if (s.softcap > 0) {
           const double t = std::tanh(x / s.softcap);
@@ -87,7 +88,7 @@ struct Case : SoftmaxCall {
         if (g.d_bias && s.bias_n) t_bias[bias_at + j] += slope;
         slope *= cap * s.scale;
         const int64_t key_at = (b * s.g + kv) * s.n + j;
-        for (int64_t c = 0; c < s.e; ++c) t_v[key_at * s.e + c] += p * slopes[c];
+        for (int64_t c = 0; c < s.e; ++c) t_v[key_at * s.e + c] += p * kept * slopes[c];
         for (int64_t c = 0; c < s.d; ++c) {
           t_k[key_at * s.d + c] += slope * query[c];
           t_q[row * s.d + c] += slope * key[c];
@@ -130,10 +131,10 @@ void test_answer() {
     const double error = status == ATTNKIT_OK ? c.error() : INFINITY;
     count_call();
     if (!(error < allowed(c.s.dtype)))
-      fail("softmax_backward level %s dtype %d b %d h %d g %d m %d n %d d %d e %d%s%s%s%s: status %d, error %g",
+      fail("softmax_backward level %s dtype %d b %d h %d g %d m %d n %d d %d e %d%s%s%s%s%s: status %d, error %g",
            attnkit_level_name(level), int(c.s.dtype), int(c.s.b), int(c.s.h), int(c.s.g), int(c.s.m), int(c.s.n),
            int(c.s.d), int(c.s.e), c.s.bias ? " bias" : "", c.s.sink ? " sink" : "", c.s.alibi ? " alibi" : "",
-           c.s.offsets ? " blocks" : "", status, error);
+           c.s.drop_below ? " dropout" : "", c.s.offsets ? " blocks" : "", status, error);
   }
 }
 

@@ -44,7 +44,28 @@ struct SoftmaxCall {
       s.bias_h = (rows ? s.m : 1) * (keys ? s.n : 1);
       s.bias_b = s.h * s.bias_h;
     }
+    if (s.kernel == ATTNKIT_PREFILL && below(3) == 0) add_dropout();
     add_mask();
+  }
+
+  void add_dropout() {
+    const int32_t limits[] = {1, 1 << 20, 5 << 20, 1 << 23, 3 << 22};
+    s.drop_below = pick(limits);
+    s.keep_scale = static_cast<float>(1.0 / (1.0 - s.drop_below * 0x1p-24));
+    s.seed = below(int64_t{1} << 52) * (below(2) ? 2053 : -2053);
+  }
+
+  // What dropout multiplies a weight by. Its bits are chained as attnkit.noise says them.
+  double chance(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    if (!s.drop_below) return 1.0;
+    uint64_t x = 0;
+    for (const int64_t place : {s.seed, b, h, s.n - s.m + i, j}) {
+      x = (x ^ static_cast<uint64_t>(place)) + 0x9e3779b97f4a7c15u;
+      x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+      x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+      x ^= x >> 31;
+    }
+    return x >> 40 < static_cast<uint64_t>(s.drop_below) ? 0.0 : static_cast<double>(s.keep_scale);
   }
 
   void add_mask() {
@@ -115,7 +136,8 @@ struct SoftmaxCall {
         const double p = std::exp(weight[j] - top);
         const double* value = v.values.data() + b * s.v_b + g * s.v_g + j * s.v_n;
         total += p;
-        for (int64_t c = 0; c < s.e; ++c) sum[c] += p * value[c];
+        const double kept = p * chance(b, h, i, j);
+        for (int64_t c = 0; c < s.e; ++c) sum[c] += kept * value[c];
       }
       for (int64_t c = 0; c < s.e; ++c) true_o.push_back(total > 0 ? sum[c] / total : 0.0);
       true_lse.push_back(total > 0 ? top + std::log(total) : -INFINITY);

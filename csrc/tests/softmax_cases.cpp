@@ -45,7 +45,7 @@ void test_refusal() {
   int64_t* const stride[] = {&s.q_b, &s.q_h, &s.q_m, &s.k_b, &s.k_g, &s.k_n, &s.v_b, &s.v_g, &s.v_n, &s.o_b, &s.o_h, &s.o_m};
   int64_t short_of = 0, shift = 0;
   int32_t expected = ATTNKIT_BAD_SIZE;
-  const int64_t what = below(9);
+  const int64_t what = below(10);
   if (what == 0) *pick(size) = pick(absurd);
   if (what == 1) *pick(stride) = pick(absurd);
   if (what == 2) s.b = s.m = int64_t{1} << 33;  // each is possible, their product is not
@@ -55,6 +55,8 @@ void test_refusal() {
   if (what == 5) s.dtype = below(2) ? 3 + static_cast<int32_t>(below(1000)) : -1, expected = ATTNKIT_BAD_DTYPE;
   if (what == 6) s.kernel = below(2) ? 2 + static_cast<int32_t>(below(1000)) : -1, expected = ATTNKIT_BAD_KERNEL;
   if (what == 7) (below(2) ? s.left : s.right) = below(2) ? INT64_MAX : INT64_MIN, expected = ATTNKIT_BAD_MASK;
+  if (what == 9) s.drop_below = below(2) ? -1 : 1 << 24;
+  if (what == 9 && below(2)) s.drop_below = 1, s.kernel = ATTNKIT_DECODE, expected = ATTNKIT_BAD_KERNEL;
   const int64_t needed = attnkit_softmax_forward_scratch_bytes(&s);
   if (what == 8) {
     if (needed < 64) return;

@@ -22,6 +22,15 @@ def bits(seed: int, b: int, h: int, queries: Tensor, keys: Tensor, count: int) -
     return _shift(hashed, 64 - count)
 
 
+# A weight is dropped by this many of its bits.
+DROP_BITS = 24
+
+
+def drop_below(dropout: float) -> int:
+    """Weights whose ``DROP_BITS`` bits are below this are dropped with probability ``dropout``."""
+    return int(dropout * (1 << DROP_BITS))
+
+
 def gumbel(seed: int, b: int, h: int, queries: Tensor, keys: Tensor) -> Tensor:
     """Standard Gumbel noise, float64 ``(b, h, m, n)``; with it added to logits, the largest is a draw of their softmax.
 

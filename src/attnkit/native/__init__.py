@@ -52,11 +52,9 @@ SOFTMAX_FIELDS: tuple[tuple[str, type], ...] = (
     *((name, c_int64) for name in ("b", "h", "g", "m", "n", "d", "e")),
     *((name, c_int64) for name in ("q_b", "q_h", "q_m", "k_b", "k_g", "k_n", "v_b", "v_g", "v_n")),
     *((name, c_int64) for name in ("o_b", "o_h", "o_m", "bias_b", "bias_h", "bias_m", "bias_n")),
-    *((name, c_int64) for name in ("left", "right", "mask_batches", "mask_heads", "threads")),
-    ("dtype", c_int32),
-    ("kernel", c_int32),
-    ("scale", c_float),
-    ("softcap", c_float),
+    *((name, c_int64) for name in ("left", "right", "mask_batches", "mask_heads", "threads", "seed")),
+    *((name, c_int32) for name in ("dtype", "kernel", "drop_below")),
+    *((name, c_float) for name in ("scale", "softcap", "keep_scale")),
 )
 
 SOFTMAX_GRADIENT_FIELDS: tuple[tuple[str, type], ...] = (

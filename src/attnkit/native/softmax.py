@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnkit import native
+from attnkit.noise import drop_below
 
 # 576 is a latent of 512 beside a rotary key of 64, as DeepSeek has them.
 MOST_SIZE = 576
@@ -51,6 +52,8 @@ def packed(
     softcap: float | None,
     sink: Tensor | None,
     kernel: int,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> bytes:
     """The call as the library reads it; what it points to has to outlive it."""
     (b, h, m, d), (g, n, e) = q.shape, v.shape[1:]
@@ -70,10 +73,13 @@ def packed(
         *(left, right),
         *((1, 1) if blocks is None else (blocks.batches, blocks.heads)),
         torch.get_num_threads(),
+        seed,
         native.DTYPES[q.dtype],
         kernel,
+        drop_below(dropout),
         scale,
         softcap or 0.0,
+        1 / (1 - dropout),
     )
 
 

@@ -125,6 +125,8 @@ def call(
         raise ValueError(f"{where}: dropout is {dropout}, expected 0 <= dropout < 1")
     if dropout and seed is None:
         seed = int(torch.randint(1 << 62, ()))
+    if seed is not None and not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"{where}: seed is {seed}, expected a whole number of 64 bits, -2^63 to 2^63 - 1")
     return {
         "q": q,
         "k": k,

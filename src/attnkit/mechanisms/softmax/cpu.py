@@ -33,8 +33,6 @@ def rejects(call: Call) -> tuple[str, ...]:
     for name, size in (("key", q.shape[3]), ("value", v.shape[3])):
         if not 1 <= size <= MOST_SIZE:
             reasons.append(f"{name} size is {size}, the native kernel takes 1 to {MOST_SIZE}")
-    if call["dropout"]:
-        reasons.append(f"dropout is {call['dropout']}, the native kernel has none")
     alibi = call["alibi"]
     if torch.is_grad_enabled() and alibi is not None and alibi.requires_grad:
         reasons.append(f"gradients are wanted for {alibi.shape[0]} slopes of alibi, the native kernel has none of them")
@@ -62,15 +60,17 @@ def forward(
     if torch.compiler.is_compiling():
         # A mask object cannot cross into an operator: it goes over as a tensor, and is made a block list inside.
         dense = None if mask is None or interval is not None else mask.dense(q.shape[2], k.shape[2], q.device)
-        o, lse, _ = _operator(q, k, v, dense, left, right, scale, bias, alibi, softcap or 0.0, sink, trains)
+        o, lse, _ = _operator(
+            q, k, v, dense, left, right, scale, bias, alibi, softcap or 0.0, sink, dropout, seed or 0, trains
+        )
         return (o, lse) if return_lse else o
     listed = mask if interval is None else None
     if trains:
         apply: Any = _Attention.apply
-        o, lse = apply(q, k, v, bias, sink, listed, left, right, scale, alibi, softcap)
+        o, lse = apply(q, k, v, bias, sink, listed, left, right, scale, alibi, softcap, dropout, seed or 0)
         return (o, lse) if return_lse else o
     lse = _rows_of(q) if return_lse else None
-    o = _run(q, k, v, listed, left, right, scale, bias, alibi, softcap, sink, lse, None)
+    o = _run(q, k, v, listed, left, right, scale, bias, alibi, softcap, sink, dropout, seed or 0, lse, None)
     return o if lse is None else (o, lse)
 
 
@@ -89,11 +89,14 @@ class _Attention(torch.autograd.Function):
         scale: float,
         alibi: Tensor | None,
         softcap: float | None,
+        dropout: float,
+        seed: int,
     ) -> tuple[Tensor, Tensor]:
         lse, rest = _rows_of(q), _rows_of(q)
-        o = _run(q, k, v, mask, left, right, scale, bias, alibi, softcap, sink, lse, rest)
+        o = _run(q, k, v, mask, left, right, scale, bias, alibi, softcap, sink, dropout, seed, lse, rest)
         ctx.save_for_backward(q, k, v, o, lse, rest, bias, alibi, sink)
         ctx.mask, ctx.left, ctx.right, ctx.scale, ctx.softcap = mask, left, right, scale, softcap
+        ctx.dropout, ctx.seed = dropout, seed
         ctx.set_materialize_grads(False)
         return o, lse
 
@@ -103,9 +106,9 @@ class _Attention(torch.autograd.Function):
         q, k, v, o, lse, rest, bias, alibi, sink = ctx.saved_tensors
         gradients = _run_backward(
             q, k, v, o, lse, rest, d_o, d_lse, ctx.mask, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink,
-            ctx.needs_input_grad[:5],
+            ctx.dropout, ctx.seed, ctx.needs_input_grad[:5],
         )  # fmt: skip
-        return (*gradients, None, None, None, None, None, None)
+        return (*gradients, *(None,) * 8)
 
 
 @torch.library.custom_op("attnkit::softmax", mutates_args=(), device_types="cpu")
@@ -121,12 +124,14 @@ def _operator(
     alibi: Tensor | None,
     softcap: float,
     sink: Tensor | None,
+    dropout: float,
+    seed: int,
     trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, its log-sum-exp, and what float32 drops of that, for the backward pass alone."""
     mask = None if dense is None else explicit(dense)
     lse, rest = _rows_of(q), _rows_of(q) if trains else None
-    o = _run(q, k, v, mask, left, right, scale, bias, alibi, softcap or None, sink, lse, rest)
+    o = _run(q, k, v, mask, left, right, scale, bias, alibi, softcap or None, sink, dropout, seed, lse, rest)
     return o, lse, lse.new_empty(0) if rest is None else rest
 
 
@@ -143,6 +148,8 @@ def _shapes(
     alibi: Tensor | None,
     softcap: float,
     sink: Tensor | None,
+    dropout: float,
+    seed: int,
     trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lse = _rows_of(q)
@@ -167,13 +174,16 @@ def _backward_operator(
     alibi: Tensor | None,
     softcap: float,
     sink: Tensor | None,
+    dropout: float,
+    seed: int,
     wanted: list[bool],
 ) -> list[Tensor]:
     """Gradients of q, k, v, bias and sink; an empty tensor for each that is not wanted."""
     mask = None if dense is None else explicit(dense)
     gradients = _run_backward(
-        q, k, v, o, lse, rest, d_o, d_lse, mask, left, right, scale, bias, alibi, softcap or None, sink, wanted
-    )
+        q, k, v, o, lse, rest, d_o, d_lse, mask, left, right, scale, bias, alibi, softcap or None, sink,
+        dropout, seed, wanted,
+    )  # fmt: skip
     return [q.new_empty(0) if x is None else x for x in gradients]
 
 
@@ -195,6 +205,8 @@ def _backward_shapes(
     alibi: Tensor | None,
     softcap: float,
     sink: Tensor | None,
+    dropout: float,
+    seed: int,
     wanted: list[bool],
 ) -> list[Tensor]:
     pairs = zip((q, k, v, bias, sink), wanted, strict=True)
@@ -202,7 +214,7 @@ def _backward_shapes(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, dense, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink, _ = inputs
+    q, k, v, dense, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink, ctx.dropout, ctx.seed, _ = inputs
     ctx.save_for_backward(q, k, v, *output, dense, bias, alibi, sink)
 
 
@@ -211,10 +223,11 @@ def _backward(ctx: Any, d_o: Tensor, d_lse: Tensor, _: Tensor) -> tuple[Tensor |
     needs = ctx.needs_input_grad
     wanted = [needs[0], needs[1], needs[2], needs[7], needs[10]]
     found = torch.ops.attnkit.softmax_backward(
-        q, k, v, o, lse, rest, d_o, d_lse, dense, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink, wanted
-    )
+        q, k, v, o, lse, rest, d_o, d_lse, dense, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink,
+        ctx.dropout, ctx.seed, wanted,
+    )  # fmt: skip
     d_q, d_k, d_v, d_bias, d_sink = (x if want else None for x, want in zip(found, wanted, strict=True))
-    return d_q, d_k, d_v, None, None, None, None, d_bias, None, None, d_sink, None
+    return d_q, d_k, d_v, None, None, None, None, d_bias, None, None, d_sink, None, None, None
 
 
 _operator.register_autograd(_backward, setup_context=_keep)
@@ -232,6 +245,8 @@ def _run(
     alibi: Tensor | None,
     softcap: float | None,
     sink: Tensor | None,
+    dropout: float,
+    seed: int,
     lse: Tensor | None,
     rest: Tensor | None,
 ) -> Tensor:
@@ -243,9 +258,10 @@ def _run(
     o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
     # The backward pass makes scores again in prefill's order: where one weight is nearly 1, another order's rounding of
     # a large score would be an error of that weight.
-    kernel = native.DECODE if q.shape[2] <= MOST_DECODE_QUERIES and rest is None else native.PREFILL
+    few = q.shape[2] <= MOST_DECODE_QUERIES and rest is None and not dropout
+    kernel = native.DECODE if few else native.PREFILL
     blocks = block_list(mask, q, k)
-    call = packed(q, k, v, o, lse, rest, blocks, left, right, scale, bias, alibi, softcap, sink, kernel)
+    call = packed(q, k, v, o, lse, rest, blocks, left, right, scale, bias, alibi, softcap, sink, kernel, dropout, seed)
     native.run("softmax_forward", call)
     return o
 
@@ -271,6 +287,8 @@ def _run_backward(
     alibi: Tensor | None,
     softcap: float | None,
     sink: Tensor | None,
+    dropout: float,
+    seed: int,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, bias and sink in their shapes; None for each that is not wanted."""
@@ -278,7 +296,9 @@ def _run_backward(
     d_o = torch.zeros_like(o) if d_o is None else rows(d_o)
     d_lse = None if d_lse is None else d_lse.contiguous()
     blocks = block_list(mask, q, k)
-    call = packed(q, k, v, o, lse, rest, blocks, left, right, scale, bias, alibi, softcap, sink, native.PREFILL)
+    call = packed(
+        q, k, v, o, lse, rest, blocks, left, right, scale, bias, alibi, softcap, sink, native.PREFILL, dropout, seed
+    )
     d_q, d_k, d_v = (x.new_empty(x.shape) if want else None for x, want in zip((q, k, v), wanted, strict=False))
     d_bias = torch.zeros(bias.shape) if bias is not None and wanted[3] else None
     d_sink = torch.empty(sink.shape) if sink is not None and wanted[4] else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnkit.masks import Mask
-from attnkit.noise import bits
+from attnkit.noise import DROP_BITS, bits, drop_below
 from attnkit.positions import distance
 
 
@@ -88,4 +88,4 @@ def _values(weights: Tensor, keep: Tensor | None, v: Tensor) -> Tensor:
 def dropout_keep(seed: int, b: int, h: int, m: int, n: int, dropout: float, device: torch.device) -> Tensor:
     """Which weights survive, bool ``(b, h, m, n)``, by where their pair stands."""
     queries, keys = torch.arange(n - m, n, device=device), torch.arange(n, device=device)
-    return bits(seed, b, h, queries, keys, 24) >= int(dropout * (1 << 24))
+    return bits(seed, b, h, queries, keys, DROP_BITS) >= drop_below(dropout)
