@@ -106,10 +106,24 @@ ATTNKIT_INLINE void product(const typename Math::Element* a, int64_t lda, const 
     }
 }
 
-// c = a * b, and the running maxima of its rows: the adders that find them are idle while products are formed.
-template <class Math, int kVectors>
+// Every column is seen, see product_and_peaks.
+struct Everything {
+  ATTNKIT_INLINE Vec operator()(int, int, Vec x) const { return x; }
+};
+// Row i sees the columns whose bits of words[i] are set, from bit `first` on.
+struct Words {
+  const uint64_t* words;
+  int64_t first;
+  ATTNKIT_INLINE Vec operator()(int i, int j, Vec x) const {
+    return select(static_cast<Bits>(words[i] >> (first + j * kWidth)), x, -kInfinity);
+  }
+};
+
+// c = a * b where it is seen and -inf elsewhere, and the running maxima of its rows: the units that do this are idle while
+// products are formed.
+template <class Math, int kVectors, class Seen = Everything>
 ATTNKIT_NOINLINE void product_and_peaks(const typename Math::Element* a, int64_t lda, const typename Math::Element* b,
-                                        int64_t steps, float* c, int64_t ldc, float* peaks) {
+                                        int64_t steps, float* c, int64_t ldc, float* peaks, Seen seen = {}) {
   Vec acc[kRows][kVectors];
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i)
@@ -121,8 +135,9 @@ ATTNKIT_NOINLINE void product_and_peaks(const typename Math::Element* a, int64_t
     Vec peak = load(peaks + i * kWidth);
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      store(c + i * ldc + j * kWidth, acc[i][j]);
-      peak = max(peak, acc[i][j]);
+      const Vec x = seen(i, j, acc[i][j]);
+      store(c + i * ldc + j * kWidth, x);
+      peak = max(peak, x);
     }
     store(peaks + i * kWidth, peak);
   }

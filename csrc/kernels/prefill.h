@@ -119,7 +119,7 @@ class Prefill {
     int64_t shift[kTileBlocks];  // from a span's columns to keys
     Range columns[kTileBlocks];
     bool partial[kTileBlocks];  // some row does not see all of the block
-    bool partly = false;        // some block that is seen is partial
+    uint64_t words[kTileBlocks][kRows];  // of a partial block: what each row sees
   };
 
   // Queries of the block in hand.
@@ -204,8 +204,6 @@ class Prefill {
     pack_queries<Math>(s_, q, queries.count, padded, query_steps_, w.queries);
     if (next > 0)
       for (int64_t i = 0; i < queries.count; ++i) prefetch_row(q + (i - next) * s_.q_m, s_.d);
-    if (narrow_)
-      for (int64_t i = 0; i < queries.count; ++i) prefetch_row(output(queries) + i * s_.o_m, s_.e);
     for (int64_t i = 0; i < padded * value_columns_; ++i) w.sums[i] = 0.0f;
     for (int64_t i = 0; i < padded * kWidth; ++i) w.totals[i] = 0.0f;
     for (int64_t i = 0; i < padded; ++i) w.tops[i] = i < queries.count ? -kInfinity : 0.0f;
@@ -215,7 +213,13 @@ class Prefill {
     for (int64_t entry = blocks.entry; entry < blocks.entry_end;) {
       Tile tile;
       entry = next_tile(blocks, entry, tile);
-      for (int group = 0; group < queries.groups(); ++group) attend(w, kv, queries, tile, group);
+      for (int group = 0; group < queries.groups(); ++group) {
+        // Results that are stored soon: rows that see few keys would wait for each line of them.
+        if (entry == blocks.entry_end)
+          for (int64_t i = group * kRows; i < least<int64_t>(queries.count, (group + 1) * kRows); ++i)
+            prefetch_row(output(queries) + i * s_.o_m, s_.e);
+        attend(w, kv, queries, tile, group);
+      }
     }
     finish(w, queries);
   }
@@ -241,23 +245,23 @@ class Prefill {
     for (int i = 0; i < tile.blocks; ++i) {
       const int64_t key = tile.block[i] * kBlockKeys;
       Range r = {clamp<int64_t>(early.begin - key, 0, kBlockKeys), clamp<int64_t>(late.end - key, 0, kBlockKeys)};
-      seen.partial[i] = late.begin > key || early.end < key + kBlockKeys;
-      if (tile.words[i]) {
+      seen.partial[i] = tile.words[i] || late.begin > key || early.end < key + kBlockKeys;
+      if (seen.partial[i]) {
         uint64_t some = 0, every = kAll;
-        for (int64_t row = first; row <= last; ++row) {
-          const uint64_t word = static_cast<uint64_t>(tile.words[i][row % kBlockQueries]);
+        for (int64_t row = 0; row < kRows; ++row) {
+          const int64_t query = least(first + row, last);
+          const uint64_t word = visible_word(s_, query, tile.block[i], tile.words[i]);
+          seen.words[i][row] = word;
           some |= word;
           every &= word;
         }
-        seen.partial[i] = seen.partial[i] || every != kAll;
-        some &= bit_range(r.begin, r.end);
+        seen.partial[i] = every != kAll;
         r = some ? Range{__builtin_ctzll(some), kBlockKeys - __builtin_clzll(some)} : Range{0, 0};
       }
       const int64_t shift = key - i * kBlockKeys;
       const Range columns = {i * kBlockKeys + r.begin, i * kBlockKeys + r.end};
       seen.columns[i] = columns;
       if (columns.empty()) continue;
-      seen.partly = seen.partly || seen.partial[i];
       if (seen.spans > 0 && seen.span[seen.spans - 1].end == columns.begin && seen.shift[seen.spans - 1] == shift) {
         seen.span[seen.spans - 1].end = columns.end;
       } else {
@@ -277,8 +281,10 @@ class Prefill {
     const View seen = view(queries, tile, group);
     if (seen.spans == 0) return;
     score(w, kv, group, seen);
-    if (!logits_.plain) to_logits(w, queries, group, seen);
-    if (seen.partly || !logits_.plain) hide(w, queries, tile, group, seen);
+    if (!logits_.plain) {
+      to_logits(w, queries, group, seen);
+      hide(w, tile, seen);
+    }
     raise_tops(w, group);
     if (dropout_.drops) {
       weigh<true>(w, queries, group, seen);
@@ -295,28 +301,34 @@ class Prefill {
     }
   }
 
-  // Products of queries and keys, strip by strip, and the rows' maxima over blocks that all of them see.
+  // Products of queries and keys, strip by strip, and the rows' maxima. Products that stay as they are, are hidden on the
+  // way where a row may not look.
   void score(const Work& w, const Pack& kv, int group, const View& seen) const {
-    alignas(64) float unused[kRows * kWidth];
-    for (int i = 0; i < kRows; ++i) {
-      store(w.peaks + i * kWidth, splat(-kInfinity));
-      store(unused + i * kWidth, splat(-kInfinity));
-    }
+    for (int i = 0; i < kRows; ++i) store(w.peaks + i * kWidth, splat(-kInfinity));
     for (int span = 0; span < seen.spans; ++span) {
-      // Vectors of weights may be longer: the rest of those is hidden.
       const Range r = {seen.span[span].begin / kWidth * kWidth, round_up(seen.span[span].end, kWidth)};
       const int64_t shift = seen.shift[span] - kv.first * kBlockKeys;
       for (int64_t c = r.begin; c < r.end;) {
-        const int64_t strip = c / kStrip * kStrip, stop = least(r.end, strip + kStrip);
+        const int64_t strip = c / kStrip * kStrip, stop = least(r.end, strip + kStrip), block = c / kBlockKeys;
         with_vectors((stop - c) / kWidth, [&](auto vectors) {
-          product_and_peaks<Math, vectors.count>(w.queries + group * kRows * query_steps_, query_steps_,
-                                                 kv.keys + (shift + strip) * sizes_.key_steps + c - strip,
-                                                 sizes_.key_steps, w.scores + c, kTileKeys,
-                                                 seen.partial[c / kBlockKeys] ? unused : w.peaks);
+          const auto multiply = [&](auto seen_of) {
+            product_and_peaks<Math, vectors.count>(w.queries + group * kRows * query_steps_, query_steps_,
+                                                   kv.keys + (shift + strip) * sizes_.key_steps + c - strip,
+                                                   sizes_.key_steps, w.scores + c, kTileKeys, w.peaks, seen_of);
+          };
+          if (seen.partial[block] && logits_.plain) return multiply(Words{seen.words[block], c % kBlockKeys});
+          multiply(Everything());
         });
         c = stop;
       }
+      // Vectors of weights may be longer.
+      const Range whole = whole_vectors(seen.span[span]);
+      if (whole.begin < r.begin) hide_vector(w, whole.begin);
+      if (r.end < whole.end) hide_vector(w, r.end);
     }
+  }
+  static ATTNKIT_INLINE void hide_vector(const Work& w, int64_t column) {
+    for (int i = 0; i < kRows; ++i) store(w.scores + i * kTileKeys + column, splat(-kInfinity));
   }
 
   void to_logits(const Work& w, const Queries& queries, int group, const View& seen) const {
@@ -329,24 +341,22 @@ class Prefill {
     }
   }
 
-  // -inf where a row of the group may not look, and the maxima of what is left. Products that stay as they are have theirs.
-  void hide(const Work& w, const Queries& queries, const Tile& tile, int group, const View& seen) const {
-    for (int64_t i = queries.begin(group); i <= queries.last(group); ++i) {
-      float* scores = w.scores + (i - queries.begin(group)) * kTileKeys;
-      float* peaks = w.peaks + (i - queries.begin(group)) * kWidth;
-      const Range keys = visible_range(s_, i);
-      Vec peak = logits_.plain ? load(peaks) : splat(-kInfinity);
+  // -inf where a row of the group may not look, and the maxima of what is left.
+  void hide(const Work& w, const Tile& tile, const View& seen) const {
+    for (int i = 0; i < kRows; ++i) {
+      float* scores = w.scores + i * kTileKeys;
+      Vec peak = splat(-kInfinity);
       for (int block = 0; block < tile.blocks; ++block) {
-        if (seen.columns[block].empty() || (logits_.plain && !seen.partial[block])) continue;
+        if (seen.columns[block].empty()) continue;
         const Range r = whole_vectors(seen.columns[block]);
-        const uint64_t word = seen.partial[block] ? visible_word(i, keys, tile.block[block], tile.words[block]) : kAll;
+        const uint64_t word = seen.partial[block] ? seen.words[block][i] : kAll;
         for (int64_t c = r.begin; c < r.end; c += kWidth) {
           const Vec x = select(static_cast<Bits>(word >> c % kBlockKeys), load(scores + c), -kInfinity);
           store(scores + c, x);
           peak = max(peak, x);
         }
       }
-      store(peaks, peak);
+      store(w.peaks + i * kWidth, peak);
     }
   }
 
