@@ -13,6 +13,7 @@ import textwrap
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -375,6 +376,14 @@ def test_an_undocumented_variable_is_seen() -> None:
     read = variables_read(sources, {"csrc/a.cpp": 'std::getenv("ATTNKIT_HIDDEN")'})
     assert read == {"ATTNKIT_SECRET", "ATTNKIT_HIDDEN"}
     assert variables_documented("| `ATTNKIT_SECRET` | | |\n\nSet `ATTNKIT_HIDDEN`.") == {"ATTNKIT_SECRET"}
+
+
+def test_no_folder_of_tests_is_left_out(pytestconfig: pytest.Config) -> None:
+    """As tests/build was by default."""
+    left_out = pytestconfig.getini("norecursedirs")
+    folders = {path.parent.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert "build" in folders
+    assert not [folder for folder in folders if any(fnmatch(folder, pattern) for pattern in left_out)]
 
 
 def in_fresh_process(body: str) -> subprocess.CompletedProcess[str]:
