@@ -6,9 +6,7 @@ Random calls of all native kernels are in ``test_fuzz.py`` and, under the saniti
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import Tensor
 import attnkit
 from attnkit import native
 from attnkit.testing.budgets import assert_within
+from attnkit.testing.runs import threads
 
 pytestmark = pytest.mark.skipif(not native.STATUS.available, reason=native.STATUS.reason)
 
@@ -26,16 +25,6 @@ LEVELS = pytest.mark.parametrize("level", native.STATUS.levels)
 DTYPES = pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
 
 Arguments = dict[str, Any]
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def attend(arguments: Arguments, backend: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:

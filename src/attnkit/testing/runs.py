@@ -124,6 +124,17 @@ def results(found: Any) -> Results:
 
 
 @contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch, and with it our kernels, runs on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory holds NaN (or the largest integer): an output that was never written shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

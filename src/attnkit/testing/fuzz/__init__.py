@@ -39,13 +39,8 @@ ANSWER, REFUSAL = "answer", "refusal"
 @contextmanager
 def somewhere(rng: random.Random) -> Iterator[None]:
     """At one of the instruction levels that run here, with one thread or two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(rng.choice((1, 2)))
-    try:
-        with native.use_level(rng.choice(native.STATUS.levels)):
-            yield
-    finally:
-        torch.set_num_threads(before)
+    with runs.threads(rng.choice((1, 2))), native.use_level(rng.choice(native.STATUS.levels)):
+        yield
 
 
 def attempt(family: str, seed: int) -> str:

@@ -16,6 +16,9 @@ from attnkit.testing import runs
 from attnkit.testing.budgets import assert_within
 from attnkit.testing.runs import Arguments, Results
 
+WHOLLY_NATIVE = ("bigbird", "delta", "gla", "longformer", "mla", "moba", "nsa", "retention", "softmax", "topk")
+"""Mechanisms whose backend ``cpu`` leaves no sum to torch, which cuts a matrix product by the batch and the threads."""
+
 
 class Refused(Exception):  # noqa: N818
     """The backend says why it cannot run the call that the law wanted to try."""
@@ -26,12 +29,13 @@ class Law:
     """One promise, and the program that tries to break it.
 
     ``check(spec, backend, rng)`` raises ``AssertionError`` when the promise is broken. ``examples`` is how many random
-    tries the contract tests make.
+    tries the contract tests make, and ``full`` how many they make when time does not matter.
     """
 
     name: str
     check: Callable[[Mechanism, str, random.Random], None]
     examples: int
+    full: int
     takes: tuple[str, ...]
     takes_any: tuple[str, ...]
     promised: str | None
@@ -66,16 +70,17 @@ LAWS: dict[str, Law] = {}
 
 def law(
     examples: int = 12,
+    full: int | None = None,
     takes: tuple[str, ...] = (),
     takes_any: tuple[str, ...] = (),
     promised: str | None = None,
     gradients: bool = False,
     layer: bool = False,
 ) -> Callable[[Callable[[Mechanism, str, random.Random], None]], Law]:
-    """Make a law of a function and list it."""
+    """Make a law of a function and list it; ``full`` is ten times ``examples`` unless it is given."""
 
     def make(check: Callable[[Mechanism, str, random.Random], None]) -> Law:
-        made = Law(check.__name__, check, examples, takes, takes_any, promised, gradients, layer)
+        made = Law(check.__name__, check, examples, full or 10 * examples, takes, takes_any, promised, gradients, layer)
         LAWS[made.name] = made
         return made
 
@@ -109,6 +114,17 @@ def sample(spec: Mechanism, rng: random.Random, dtype: torch.dtype = torch.float
 def along(arguments: Arguments, axis: int, size: int) -> dict[str, Tensor]:
     """The tensors whose ``axis`` has this size: all sequences for ``(2, n)``, all batches for ``(0, b)``."""
     return {name: x for name, x in runs.tensors(arguments).items() if x.dim() > 2 and x.shape[axis] == size}
+
+
+def sequences(arguments: Arguments, b: int) -> dict[str, Tensor]:
+    """The tensors that hold something of each of ``b`` sequences: also integers of each, such as lengths."""
+    whole = {name: x for name, x in arguments.items() if isinstance(x, Tensor) and not x.is_floating_point()}
+    return along(arguments, 0, b) | {name: x for name, x in whole.items() if x.dim() and len(x) == b}
+
+
+def has_own_bits(spec: Mechanism, backend: str) -> bool:
+    """Whether the bits of a sequence depend on nothing else: not on its batch, its place in it, or the threads."""
+    return backend == "cpu" and spec.name in WHOLLY_NATIVE
 
 
 def assert_equals_call(found: Tensor, spec: Mechanism, arguments: Arguments, what: str = "result") -> None:

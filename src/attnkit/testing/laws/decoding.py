@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnkit.spec import LayerPlace, Mechanism
 from attnkit.testing.budgets import assert_within
-from attnkit.testing.laws.base import Refused, assert_same, law
+from attnkit.testing.laws.base import Refused, assert_same, has_own_bits, law
 
 WINDOW = 6
 
@@ -43,14 +43,18 @@ def _forward(made: Any, x: Tensor) -> Tensor:
     return y
 
 
-def _assert_rows(found: Tensor, made: Any, x: Tensor, rows: slice, what: str) -> None:
-    """Rows of a decoding run keep to the budget of the whole sequence in one go."""
+def _truth(made: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the whole sequence in one go, which rows of a decoding run are judged by: exact, and in plain float32."""
     exact, plain = copy.deepcopy(made).double(), copy.deepcopy(made)
     for twin in (exact, plain):
         if hasattr(twin.config, "backend"):
             twin.config = dataclasses.replace(twin.config, backend="reference")
-    gold, naive = _forward(exact, x.double())[:, rows], _forward(plain, x)[:, rows]
-    assert_within(found.clone(), gold.clone(), naive.clone(), torch.float32, what=what)
+    return _forward(exact, x.double()), _forward(plain, x)
+
+
+def _assert_rows(found: Tensor, truth: tuple[Tensor, Tensor], what: str, rows: slice = slice(None)) -> None:
+    gold, naive = (x[:, rows].clone() for x in truth)
+    assert_within(found.clone(), gold, naive, torch.float32, what=what)
 
 
 def _feed(made: Any, x: Tensor, state: Any, sizes: list[int]) -> Tensor:
@@ -71,10 +75,10 @@ def steps(spec: Mechanism, backend: str, rng: random.Random) -> None:
     x = torch.randn(2, n, 32)
     _forward(made, x)
     found = _feed(made, x, made.state(2, n), [1] * n)
-    _assert_rows(found, made, x, slice(None), "steps")
+    _assert_rows(found, _truth(made, x), "steps")
 
 
-@law(examples=24, promised="step_equals_prefill", layer=True)
+@law(examples=24, full=400, promised="step_equals_prefill", layer=True)
 def chunks(spec: Mechanism, backend: str, rng: random.Random) -> None:
     """Any partition of the sequence into chunks gives the rows of one pass."""
     made = layer(spec, backend, rng)
@@ -83,9 +87,9 @@ def chunks(spec: Mechanism, backend: str, rng: random.Random) -> None:
     whole = _forward(made, x)
     cuts = sorted({rng.randint(1, n) for _ in range(rng.randint(1, 5))} | {n})
     sizes = [end - start for start, end in zip([0, *cuts], cuts, strict=False)]
-    found = _feed(made, x, made.state(1, n + rng.randint(0, 5)), sizes)
-    _assert_rows(found, made, x, slice(None), f"chunks of {sizes}")
-    _assert_rows(whole, made, x, slice(None), "one pass")
+    found, truth = _feed(made, x, made.state(1, n + rng.randint(0, 5)), sizes), _truth(made, x)
+    _assert_rows(found, truth, f"chunks of {sizes}")
+    _assert_rows(whole, truth, "one pass")
 
 
 @law(examples=16, promised="step_equals_prefill", layer=True)
@@ -104,16 +108,22 @@ def forks_and_crops(spec: Mechanism, backend: str, rng: random.Random) -> None:
         fork.crop(split)
     except (ValueError, NotImplementedError):  # refused in words: later tokens have overwritten what would be visible
         fork = state.fork()
-    rest = [1] * (n - split)
+    rest, truth = [1] * (n - split), _truth(made, x)
     first = _feed(made, x[:, split:], fork, rest)
-    _assert_rows(first, made, x, slice(split, None), "after a crop")
+    _assert_rows(first, truth, "after a crop", slice(split, None))
+
+    def assert_alike(found: Tensor, what: str) -> None:
+        _assert_rows(found, truth, what, slice(split, None))
+        if has_own_bits(spec, backend):  # torch's SDPA on two threads rounds a row by its place in the batch
+            assert_same(found, first, what)
+
     flipped = state.select(torch.tensor([1, 0]))
-    assert_same(_feed(made, x[:, split:].flip(0), flipped, rest), first.flip(0), "selected rows")
+    assert_alike(_feed(made, x[:, split:].flip(0), flipped, rest).flip(0), "selected rows")
     fork = state.fork()
     head = _feed(made, x[:, split : split + 1], state, [1])
     _feed(made, junk, fork, [wrong])  # where they share memory, this writes over what the origin has just stored
     tail = _feed(made, x[:, split + 1 :], state, rest[1:]) if rest[1:] else head[:, :0]
-    assert_same(torch.cat([head, tail], 1), first, "the origin of a fork that goes its own way")
+    assert_alike(torch.cat([head, tail], 1), "the origin of a fork that goes its own way")
 
 
 @law(examples=8, promised="causal", layer=True)
@@ -139,7 +149,7 @@ def evaluation_has_no_dropout(spec: Mechanism, backend: str, rng: random.Random)
         return
     still = copy.deepcopy(made)
     still.config = dataclasses.replace(made.config, dropout=0.0)
-    _assert_rows(calm, still, x, slice(None), "evaluation")
+    _assert_rows(calm, _truth(still, x), "evaluation")
     made.train()
     try:
         torch.manual_seed(5)

@@ -34,7 +34,7 @@ STRONG: dict[str, Callable[[int, int, int], Any]] = {
 }
 
 
-@law(examples=8, takes_any=tuple(NEUTRAL))
+@law(examples=8, full=100, takes_any=tuple(NEUTRAL))
 def neutral_features(spec: Mechanism, backend: str, rng: random.Random) -> None:
     """A feature at its neutral value (window >= n, sink -inf, cap 10^6, slope 0, p 0 ...) is the call without it."""
     m, n, h = rng.choice(((1, 70), (50, 50), (9, 65))) + (4,)
@@ -123,7 +123,7 @@ def _very_negative(q: Tensor, k: Tensor) -> None:
 EXTREMES = (_huge_scores, _one_dominant_key, _identical_keys, _subnormal, _sixty, _very_negative)
 
 
-@law(examples=18, takes=("q", "k"))
+@law(examples=18, full=300, takes=("q", "k"))
 def extremes(spec: Mechanism, backend: str, rng: random.Random) -> None:
     """Scores of +-10^4, one dominant key, equal keys, subnormals, products beyond float16: finite where gold is.
 

@@ -5,10 +5,21 @@ from __future__ import annotations
 import random
 
 import torch
+from torch import Tensor
 
 from attnkit.spec import Mechanism, Sizes
 from attnkit.testing import runs, samplers
-from attnkit.testing.laws.base import Refused, assert_equals_call, assert_matches, assert_same, law, run
+from attnkit.testing.laws.base import (
+    Refused,
+    assert_equals_call,
+    assert_matches,
+    assert_same,
+    has_own_bits,
+    law,
+    run,
+    sample,
+    sequences,
+)
 
 
 @law(examples=60)
@@ -72,17 +83,49 @@ def gradients_or_a_reason(spec: Mechanism, backend: str, rng: random.Random) -> 
 
 @law(examples=2)
 def deterministic(spec: Mechanism, backend: str, rng: random.Random) -> None:
-    """50 repeats give the same bits; another number of threads keeps to the budget."""
+    """50 repeats give the same bits; another number of threads keeps to the budget.
+
+    In native kernels a sequence has the bits that it has alone, forward and backward, in any batch and by any threads.
+    """
     size = Sizes(b=2, h=4, g=2, m=rng.choice((5, 97)), n=130, d=32, e=32)
     arguments = samplers.arguments(spec, rng, of=size, only=("mask",))
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
+    for count in (1, 2):
+        with runs.threads(count):
             first = run(spec, backend, arguments)
             assert_equals_call(first[0], spec, arguments, f"{count} threads")
             for repeat in range(25):
                 for got, wanted in zip(run(spec, backend, arguments), first, strict=True):
                     assert_same(got, wanted, f"repeat {repeat} with {count} threads")
-    finally:
-        torch.set_num_threads(threads)
+    if has_own_bits(spec, backend):
+        _same_bits_in_any_batch(spec, backend, rng)
+
+
+def _same_bits_in_any_batch(spec: Mechanism, backend: str, rng: random.Random) -> None:
+    b, n = 3, rng.choice((1, 97, 300))
+    dtype = rng.choice((torch.float32, torch.bfloat16, torch.float16))
+    arguments = sample(spec, rng, dtype, b=b, h=4, g=2, m=n, n=n, d=32, e=32)
+    batched = sequences(arguments, b)
+    if runs.reasons(spec, backend, arguments):
+        return
+
+    def results(batch: list[int]) -> list[Tensor]:
+        """Of these sequences: the result, and its gradients in every tensor that is theirs."""
+        call = {**arguments, **{name: x[batch].clone() for name, x in batched.items()}}
+        found = [runs.run(spec, backend, call)[0]]
+        leaves = {name: x.requires_grad_() for name, x in runs.tensors(call).items() if name in batched}
+        if not runs.reasons(spec, backend, call):
+            o = runs.run(spec, backend, call)[0]
+            slopes = torch.autograd.grad(o.square().sum(), list(leaves.values()), allow_unused=True)
+            found += [slope for slope in slopes if slope is not None]
+        return found
+
+    alone = results([0])
+    for repeat in range(50):
+        batch = rng.sample(range(b), rng.randint(1, b))
+        batch = batch if 0 in batch else [*batch, 0]
+        count, place = rng.choice((1, 2)), batch.index(0)
+        with runs.threads(count):
+            found = results(batch)
+        for i, (got, wanted) in enumerate(zip(found, alone, strict=True)):
+            what = f"result {i}" if i == 0 else f"gradient {i}"
+            assert_same(got[place], wanted[0], f"{what} of sequence 0 of {batch}, {count} threads, repeat {repeat}")

@@ -22,7 +22,7 @@ from attnkit.testing.laws.base import (
 )
 
 
-@law(examples=20, promised="causal")
+@law(examples=20, full=500, promised="causal")
 def causality(spec: Mechanism, backend: str, rng: random.Random) -> None:
     """Noise, huge numbers and NaN put into the future change no bit of the past, and the past has no gradient there."""
     n = rng.choice((2, 17, 49, 97, 130))
@@ -159,7 +159,7 @@ def _empty_rows_have_no_gradient(spec: Mechanism, backend: str, arguments: runs.
         assert slope is None or not slope.any(), f"an empty row has a gradient in {name}"
 
 
-@law(examples=20, takes=("mask",))
+@law(examples=20, full=300, takes=("mask",))
 def padding(spec: Mechanism, backend: str, rng: random.Random) -> None:
     """A sequence padded left, right or on both sides, with garbage for padding, is the sequence alone."""
     n = rng.choice((5, 49, 80))
@@ -177,7 +177,7 @@ def padding(spec: Mechanism, backend: str, rng: random.Random) -> None:
     assert_equals_call(found.clone(), spec, {**alone, "mask": attnkit.causal()})
 
 
-@law(examples=16, takes=("mask",))
+@law(examples=16, full=200, takes=("mask",))
 def documents(spec: Mechanism, backend: str, rng: random.Random) -> None:
     """Packed documents, some of one token, are the documents apart."""
     lengths = [rng.choice((1, 2, 5, 30, 64)) for _ in range(rng.randint(1, 5))]
