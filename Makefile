@@ -13,7 +13,7 @@ NATIVE := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help compare test lint docs bench parity hf-bench hf-oldest needle fuzz sanitize neon setup clean
+.PHONY: help compare test full lint docs bench parity hf-bench hf-oldest needle fuzz sanitize neon setup clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,9 @@ compare: setup ## train small models that differ only in attention, time the ker
 test: setup ## run every test
 	@echo "attnkit: running the tests with $(WORKERS) workers"
 	@$(RUN) pytest -n $(WORKERS) $(ARGS)
+
+full: setup ## every random test at its full counts (hours; can be stopped, what has passed is not run again)
+	@$(RUN) pytest --full -n $(WORKERS) $(ARGS) || [ $$? = 5 ] # nothing was left to run
 
 lint: setup ## ruff, formatting, types, banned patterns
 	@$(RUN) ruff check .

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
@@ -23,7 +22,7 @@ def held(layer: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return got[0] + 0, got[1] + 0
 
 
-class _Life(RuleBasedStateMachine):
+class Life(RuleBasedStateMachine):
     """One layer of each kind beside one of theirs."""
 
     @initialize(seed=st.integers(0, 2**32))
@@ -140,8 +139,5 @@ def coded(codec: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return state.numbers()
 
 
-# Shrinking a life takes minutes and makes it no clearer.
-_Life.TestCase.settings = settings(
-    max_examples=50, stateful_step_count=25, deadline=None, derandomize=True, phases=[Phase.generate]
-)
-TestLife = _Life.TestCase
+def test_lives_of_layers(live: Any) -> None:
+    live(Life, 50, 25)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from attnkit import native
 from attnkit.mechanisms.softmax.step import SPEC, reference
 from attnkit.state import KVState, PagedKVState, PagePool, WindowState
 from attnkit.testing.budgets import assert_within
+from attnkit.testing.runs import threads
 
 CODECS = [None, "int8", "fp8", "int4"]
 needs_library = pytest.mark.skipif(not native.STATUS.available, reason=native.STATUS.reason)
@@ -92,35 +94,43 @@ def test_pages_have_the_bits_of_one_buffer(page: int, dtype: torch.dtype) -> Non
 
 @needs_library
 @pytest.mark.parametrize("level", native.STATUS.levels)
-def test_bits_of_a_sequence_depend_on_neither_its_batch_nor_the_threads(level: str) -> None:
-    pool, q, threads = PagePool(400, 16, 2, 64), tokens(3, 3, 4, 2, 64, torch.float32), torch.get_num_threads()
-    lengths = [1100, 2, 700]
-    state, runs = paged(pool, lengths), []
-    try:
-        with native.use_level(level):
-            for count in (1, 2):
-                torch.set_num_threads(count)
-                runs.append(attnkit.softmax_attention_step(q, state, backend="cpu"))
-            alone = [
-                attnkit.softmax_attention_step(q[i : i + 1], state.select(torch.tensor([i])), backend="cpu")
-                for i in range(3)
-            ]
-    finally:
-        torch.set_num_threads(threads)
-    assert runs[0].equal(runs[1])
-    assert runs[0].equal(torch.cat(alone))
-    judge(
-        attnkit.softmax_attention_step(q, state, return_lse=True, backend="cpu"), {"q": q, "state": state}
-    )  # ragged lengths are honoured
-
-
-@needs_library
 @pytest.mark.parametrize("codec", CODECS)
-def test_quantised_bits_do_not_depend_on_the_batch(codec: Any) -> None:
-    state, q = filled(codec, 900, 128, 128, torch.bfloat16, b=3), tokens(3, 3, 8, 2, 128, torch.bfloat16)
-    whole = attnkit.softmax_attention_step(q, state, backend="cpu")
-    alone = attnkit.softmax_attention_step(q[1:2], state.select(torch.tensor([1])), backend="cpu")
-    assert whole[1:2].equal(alone)
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 4])
+def test_repeats_have_the_bits_of_a_sequence_alone(
+    level: str, codec: Any, dtype: torch.dtype, m: int, full: bool
+) -> None:
+    """Alone and in any batch at any place, with one thread and with two; on scattered pages among shorter ones, too."""
+    rng, lengths = random.Random(0), [1100, 700, 64, m]
+    q, k, v = (tokens(seed, 4, heads, n, 128, dtype) for seed, heads, n in ((3, 8, m), (1, 2, 1100), (2, 2, 1100)))
+
+    def step(rows: list[int], state: Any) -> Any:
+        return attnkit.softmax_attention_step(q[rows], state, return_lse=True, backend="cpu")
+
+    def buffer(rows: list[int], n: int) -> KVState:
+        state = KVState(len(rows), 2, n, 128, dtype=dtype, codec=codec)
+        state.store(k[rows, :, :n], v[rows, :, :n])
+        return state
+
+    def on_pages(rows: list[int]) -> PagedKVState:
+        pool = PagePool(400, rng.choice((7, 16, 64)), 2, 128, dtype=dtype)
+        rng.shuffle(pool._free)
+        state = PagedKVState(pool, len(rows))
+        state.append(k[rows], v[rows], [lengths[row] for row in rows])
+        return state
+
+    with native.use_level(level):
+        alone = [step([row], buffer([row], n)) for row, n in enumerate(lengths)]
+        for _ in range(50 if full else 4):
+            rows = rng.sample(range(4), rng.randint(1, 4))
+            rows = rows if 0 in rows else [*rows, 0]
+            with threads(rng.choice((1, 2))):
+                found = {"one buffer": (step(rows, buffer(rows, 1100)), [0])}
+                if codec is None:
+                    found["pages"] = step(rows, on_pages(rows)), rows
+            for form, (got, compared) in found.items():
+                for row in compared:
+                    assert all(x[rows.index(row)].equal(y[0]) for x, y in zip(got, alone[row], strict=True)), form
 
 
 @needs_library

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from attnkit.state import KVState, PagedKVState, PagePool
 from attnkit.state.codec import CHANNELS, GROUP, encode_affine, pack, packed_bytes, unpack
@@ -188,10 +187,8 @@ class PagedMachine(RuleBasedStateMachine):
         assert self.pool.free == PAGES - len(set(tables))
 
 
-def test_lives_of_pages(full: bool) -> None:
-    count, steps = (2000, 100) if full else (40, 30)
-    lives = settings(max_examples=count, stateful_step_count=steps, deadline=None, derandomize=True)
-    run_state_machine_as_test(PagedMachine, settings=lives)
+def test_lives_of_pages(live: Any) -> None:
+    live(PagedMachine, 40)
 
 
 def test_an_empty_pool_refuses_with_both_numbers() -> None:

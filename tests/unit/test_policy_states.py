@@ -166,9 +166,8 @@ def machine_of(of: Evicting) -> type[KeptMachine]:
 
 
 @pytest.mark.parametrize("name", ["streaming", "h2o", "h2o by threes", "tova", "snapkv max"])
-def test_lives_of_kept_tokens(name: str, full: bool) -> None:
-    long = settings(QUICK, max_examples=400, stateful_step_count=50)
-    run_state_machine_as_test(machine_of(EVICTING[name]), settings=long if full else QUICK)
+def test_lives_of_kept_tokens(name: str, live: Any) -> None:
+    live(machine_of(EVICTING[name]), 15, 20)
 
 
 def by_slots(policy: StreamingLLM, x: dict[str, Tensor], n: int, past: list[int], new: list[int]) -> Tensor:

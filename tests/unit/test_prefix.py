@@ -25,10 +25,18 @@ WORDS = st.lists(st.integers(0, 1), max_size=8)
 SALTS = st.sampled_from(["", "a"])
 
 
+def names(tokens: list[int], salt: str, layer: int) -> list[float]:
+    """What a causal model would store, a number a token: each depends on all tokens so far and on who asked."""
+    found, before = [], zlib.crc32(f"{salt} {layer}".encode())
+    for token in tokens:
+        before = zlib.crc32(bytes([token]), before)
+        found.append(float(before))
+    return found
+
+
 def marks(tokens: list[int], salt: str, layer: int, start: int = 0) -> Tensor:
-    """What a causal model would store from ``start`` on: each number depends on all tokens so far and who asked."""
-    names = [zlib.crc32(repr((tokens[: i + 1], salt, layer)).encode()) for i in range(start, len(tokens))]
-    return torch.tensor(names, dtype=torch.float64).reshape(1, 1, -1, 1)
+    """These numbers from ``start`` on, as keys."""
+    return torch.tensor(names(tokens, salt, layer)[start:], dtype=torch.float64).reshape(1, 1, -1, 1)
 
 
 class Sequence:
@@ -139,6 +147,15 @@ class PageMachine(RuleBasedStateMachine):
             states = [state.fork() for state in one.states]
             self.running.append(Sequence(states, list(one.tokens), one.salt, None))
 
+    @rule(which=WHICH)
+    def fork_and_part(self, which: int) -> None:
+        """Both go on at once, and differently: what one writes the other must not see."""
+        before = len(self.running)
+        self.fork(which)
+        if len(self.running) > before:
+            self.step(which % before, [0])
+            self.step(before, [1])
+
     @rule(which=WHICH, length=st.integers(0, 12))
     def crop(self, which: int, length: int) -> None:
         one = self.pick(which)
@@ -169,8 +186,9 @@ class PageMachine(RuleBasedStateMachine):
             for layer, state in enumerate(one.states):
                 state.check()
                 k, v = state.read(0)
-                wanted = marks(one.tokens, one.salt, layer)[0]
-                assert torch.equal(k, wanted) and torch.equal(v, torch.cat([wanted, -wanted], -1))
+                wanted = names(one.tokens, one.salt, layer)
+                assert k.flatten().tolist() == wanted
+                assert v[0].tolist() == [[name, -name] for name in wanted]
 
 
 class SmallestPool(PageMachine):
@@ -181,9 +199,8 @@ QUICK = settings(max_examples=120, stateful_step_count=30, deadline=None, derand
 
 
 @pytest.mark.parametrize("machine", [PageMachine, SmallestPool])
-def test_lives_of_sequences(machine: type[PageMachine], full: bool) -> None:
-    count, steps = (2000, 100) if full else (100, 30) if machine is PageMachine else (50, 30)
-    run_state_machine_as_test(machine, settings=settings(QUICK, max_examples=count, stateful_step_count=steps))
+def test_lives_of_sequences(machine: type[PageMachine], live: Any) -> None:
+    live(machine, 100 if machine is PageMachine else 50)
 
 
 class Colliding(PageMachine):
@@ -199,10 +216,10 @@ def truncated(data: bytes) -> bytes:
     return bytes([hashlib.sha256(data).digest()[0] % 8])
 
 
-def test_colliding_keys_are_told_apart(full: bool) -> None:
+def test_colliding_keys_are_told_apart(live: Any) -> None:
     """The same lives with keys of 3 bits, which many prefixes have in common."""
     with mock.patch.object(prefix, "_digest", truncated):
-        run_state_machine_as_test(Colliding, settings=settings(QUICK, max_examples=2000 if full else 40))
+        live(Colliding, 40)
 
 
 def without_comparing(self: PrefixCache, parent: Any, tokens: tuple[int, ...]) -> Any:

@@ -164,12 +164,11 @@ class WindowWithoutSinksMachine(WindowMachine):
 
 
 QUICK = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
-LONG = settings(QUICK, max_examples=2000, stateful_step_count=100)
 
 
 @pytest.mark.parametrize("machine", [KVMachine, TokenMachine, WindowMachine, WindowWithoutSinksMachine])
-def test_lives_of_states(machine: type[_Machine], full: bool) -> None:
-    run_state_machine_as_test(machine, settings=LONG if full else QUICK)
+def test_lives_of_states(machine: type[_Machine], live: Any) -> None:
+    live(machine, 60)
 
 
 def test_a_broken_ring_is_noticed() -> None:
