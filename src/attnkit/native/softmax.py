@@ -12,6 +12,16 @@ from attnkit.noise import drop_below
 
 # 576 is a latent of 512 beside a rotary key of 64, as DeepSeek has them.
 MOST_SIZE = 576
+# Weights are powers of two, taken against a row's largest exponent, which is rounded by itself: beyond 2^30 by more
+# than an exponent holds, so that the row may end as NaN. This leaves 2^14 for q.k.
+MOST_SCALE = float(1 << 16)
+
+
+def scale_refused(scale: float) -> tuple[str, ...]:
+    """Why kernels that take weights of logits cannot run a call of this scale; NaN is refused too."""
+    if abs(scale) <= MOST_SCALE:
+        return ()
+    return (f"scale is {scale}, the native kernel takes -{MOST_SCALE:.0f} to {MOST_SCALE:.0f}",)
 
 
 class Blocks(Protocol):

@@ -11,7 +11,7 @@ from attnkit.spec import Call
 
 
 def rejects(call: Call) -> tuple[str, ...]:
-    return SOFTMAX.backend("cpu").rejects(SOFTMAX.call(call["q"], call["k"], call["v"]))
+    return SOFTMAX.backend("cpu").rejects(SOFTMAX.call(call["q"], call["k"], call["v"], scale=call["scale"]))
 
 
 def forward(

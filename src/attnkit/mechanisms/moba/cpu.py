@@ -12,7 +12,7 @@ from attnkit.masks import causal
 from attnkit.mechanisms.moba.gates import block_means
 from attnkit.mechanisms.moba.listed import gradients
 from attnkit.mechanisms.softmax import softmax_attention
-from attnkit.native.softmax import MOST_SIZE
+from attnkit.native.softmax import MOST_SIZE, scale_refused
 from attnkit.spec import Call
 
 FEWEST_KEYS = 32
@@ -53,6 +53,7 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[str, ...]:
             reasons.append(f"{name} size is {size}, the native kernel takes 1 to {MOST_SIZE}")
     if not scale > 0:
         reasons.append(f"scale is {scale}, the native kernel takes one above 0")
+    reasons += scale_refused(scale)
     return tuple(reasons)
 
 

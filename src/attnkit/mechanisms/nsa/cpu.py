@@ -12,7 +12,7 @@ from attnkit.masks.algebra import Tiles
 from attnkit.mechanisms.moba import selected_attention
 from attnkit.mechanisms.nsa.blocks import Blocks
 from attnkit.mechanisms.softmax import softmax_attention
-from attnkit.native.softmax import MOST_SIZE
+from attnkit.native.softmax import MOST_SIZE, scale_refused
 from attnkit.spec import Call
 
 # So few queries are served by the chunk backend, which packs nothing and fetches what a query chose.
@@ -59,6 +59,7 @@ def rejects(call: Call) -> tuple[str, ...]:
         reasons.append(f"scale is {call['scale']}, the native kernel takes one above 0")
     if not call["causal"]:
         reasons.append("causal is False, the native kernel is causal")
+    reasons += scale_refused(call["scale"])
     return tuple(reasons)
 
 

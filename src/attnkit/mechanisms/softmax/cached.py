@@ -7,7 +7,7 @@ from torch import Tensor
 
 from attnkit import native
 from attnkit.masks import UNBOUNDED, Mask, Moved
-from attnkit.native.softmax import MOST_SIZE, as_float32, steps
+from attnkit.native.softmax import MOST_SIZE, as_float32, scale_refused, steps
 from attnkit.spec import Call
 from attnkit.state import KVState, PagedKVState, WindowState
 from attnkit.state.codec import CHANNELS, GROUP, GroupedKeys, GroupedValues
@@ -37,6 +37,7 @@ def rejects(call: Call) -> tuple[str, ...]:
         tensors = {name: call[name] for name in ("q", "bias", "alibi", "sink") if call[name] is not None}
         if wanted := [name for name, x in tensors.items() if x.requires_grad]:
             reasons.append(f"gradients are wanted for {', '.join(wanted)}, the native kernel is forward only")
+    reasons += scale_refused(call["scale"])
     return tuple(reasons)
 
 

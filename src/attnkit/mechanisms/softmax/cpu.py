@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnkit import native
 from attnkit.masks import UNBOUNDED, BlockList, Mask, explicit
-from attnkit.native.softmax import MOST_SIZE, as_float32, packed, rows, steps
+from attnkit.native.softmax import MOST_SIZE, as_float32, packed, rows, scale_refused, steps
 from attnkit.spec import Call
 
 # Up to this many queries are served by the decode kernel, which packs nothing. Measured with 8 KV heads of 128 numbers
@@ -36,6 +36,7 @@ def rejects(call: Call) -> tuple[str, ...]:
     alibi = call["alibi"]
     if torch.is_grad_enabled() and alibi is not None and alibi.requires_grad:
         reasons.append(f"gradients are wanted for {alibi.shape[0]} slopes of alibi, the native kernel has none of them")
+    reasons += scale_refused(call["scale"])
     return tuple(reasons)
 
 
