@@ -57,6 +57,8 @@ ATTNKIT_EXPORT int32_t attnkit_set_level(int32_t level);
 #include "abi/cache.h"
 #include "abi/limits.h"
 #include "abi/linear.h"
+#include "abi/projection.h"
+#include "abi/rotation.h"
 #include "abi/softmax.h"
 #include "abi/sparse.h"
 

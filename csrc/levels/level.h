@@ -52,6 +52,14 @@ struct CacheKernels {
   void (*forward)(const attnkit_cache&, char* scratch);
 };
 
+struct ProjectionKernels {
+  void (*project)(const attnkit_projection&);
+};
+
+struct RotationKernels {
+  void (*rotate)(const attnkit_rotation&);
+};
+
 struct Level {
   const char* name;
   const LimitKernels& limits;
@@ -60,6 +68,8 @@ struct Level {
   const SparseKernels& sparse;
   const LatentKernels& latent;
   const CacheKernels& cache;
+  const ProjectionKernels& projection;
+  const RotationKernels& rotation;
 };
 
 // The level that was chosen.

@@ -14,7 +14,7 @@ namespace {
 }  // namespace
 
 const LimitKernels limits = {fma_gflops, bf16_dot_gflops, read_gigabytes};
-const Level level = {ATTNKIT_TEXT(ATTNKIT_LEVEL), limits, softmax, linear, sparse, latent, cache};
+const Level level = {ATTNKIT_TEXT(ATTNKIT_LEVEL), limits, softmax, linear, sparse, latent, cache, projection, rotation};
 
 }  // namespace ATTNKIT_LEVEL
 }  // namespace attnkit

@@ -28,5 +28,7 @@ extern const LinearKernels linear;
 extern const SparseKernels sparse;
 extern const LatentKernels latent;
 extern const CacheKernels cache;
+extern const ProjectionKernels projection;
+extern const RotationKernels rotation;
 }  // namespace ATTNKIT_LEVEL
 }  // namespace attnkit

@@ -21,7 +21,7 @@ from typing import Any
 # First of all: the library then shares torch's OpenMP threads instead of starting its own.
 import torch
 
-from attnkit.native import cache, latent, linear, sparse
+from attnkit.native import cache, latent, linear, projection, rotation, sparse
 
 __all__ = [
     "BLOCK_KEYS",
@@ -33,6 +33,7 @@ __all__ = [
     "get_level",
     "read_gigabytes",
     "run",
+    "run_alone",
     "set_level",
     "use_level",
 ]
@@ -79,6 +80,8 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     **cache.FUNCTIONS,
     **latent.FUNCTIONS,
     **linear.FUNCTIONS,
+    **projection.FUNCTIONS,
+    **rotation.FUNCTIONS,
     **sparse.FUNCTIONS,
     "attnkit_fma_gflops": (c_double, (c_int64, c_double)),
     "attnkit_bf16_dot_gflops": (c_double, (c_int64, c_double)),
@@ -103,6 +106,8 @@ STRUCTS = {
     "cache": cache.FIELDS,
     "latent": latent.FIELDS,
     "linear": linear.FIELDS,
+    "projection": projection.FIELDS,
+    "rotation": rotation.FIELDS,
     **sparse.STRUCTS,
 }
 
@@ -114,6 +119,8 @@ def _packer(fields: tuple[tuple[str, type], ...]) -> Callable[..., bytes]:
 pack_softmax = _packer(SOFTMAX_FIELDS)
 pack_linear = _packer(linear.FIELDS)
 pack_latent = _packer(latent.FIELDS)
+pack_projection = _packer(projection.FIELDS)
+pack_rotation = _packer(rotation.FIELDS)
 pack_softmax_gradients = _packer(SOFTMAX_GRADIENT_FIELDS)
 pack_cache = _packer(cache.FIELDS)
 pack_mask_node, pack_block_list, pack_selected, pack_coarse, pack_indexer, pack_gates, pack_topk = map(
@@ -233,6 +240,12 @@ def run(function: str, *call: bytes) -> None:
     scratch = torch.empty(size, dtype=torch.uint8)
     status = getattr(_LIBRARY, f"attnkit_{function}")(*call, scratch.data_ptr(), size)
     if status:
+        raise RuntimeError(f"the native kernel {function} refused a call: {ERRORS[status]}")
+
+
+def run_alone(function: str, call: bytes) -> None:
+    """Run ``attnkit_<function>``, which needs no scratch memory, on a packed call: "project" or "rotate"."""
+    if status := getattr(_LIBRARY, f"attnkit_{function}")(call):
         raise RuntimeError(f"the native kernel {function} refused a call: {ERRORS[status]}")
 
 
