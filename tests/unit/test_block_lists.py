@@ -15,6 +15,7 @@ import torch
 import attnkit
 from attnkit import native
 from attnkit.masks import lowering, program
+from attnkit.masks.chosen import ChosenBlocks, Lines
 from attnkit.native import sparse
 from attnkit.testing import rules
 
@@ -72,7 +73,35 @@ def test_a_mask_with_a_rule_of_its_own_is_not_taken_for_a_built_in_one() -> None
 
     assert program.build(Odd(5, 0), 9, 9, 48, 64) is None
     assert program.build(attnkit.causal() & Odd(5, 0), 9, 9, 48, 64) is None
+    found, odd = listed(Odd(5, 0) & attnkit.causal(), 70, 70, 48, 64), (Odd(5, 0) & attnkit.causal()).dense(70, 70)
+    words = [word & (1 << 64) - 1 for pattern in found.pattern.tolist() for word in found.patterns[pattern].tolist()]
+    assert odd.sum() == sum(word.bit_count() for word in words)
     assert program.build(attnkit.predicate(lambda b, h, q, k: k <= q), 9, 9, 48, 64) is None
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_what_a_policy_chose_is_listed_as_it_is_seen(batches: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for n, m in ((300, 300), (300, 40), (64, 1), (5, 5)):
+        marks = torch.rand(2, batches, 3, n, generator=generator) < 0.1
+        layout = torch.rand(batches, 3, -(-n // 64), -(-n // 64), generator=generator) < 0.5
+        for mask in (Lines(marks), Lines(marks) & attnkit.causal(), ChosenBlocks(layout, 64) & attnkit.causal()):
+            wanted = mask.dense(m, n)
+            for block_q, block_k in ((48, 64), (64, 64), (5, 7)):
+                found = listed(mask, m, n, block_q, block_k)
+                seen = torch.zeros_like(wanted)
+                rows = torch.arange(len(found.offsets) - 1).repeat_interleave(found.offsets.diff())
+                per_head = -(-m // block_q)
+                for row, column, pattern in zip(
+                    *(x.tolist() for x in (rows, found.columns, found.pattern)), strict=True
+                ):
+                    b, h, i = row // per_head // 3, row // per_head % 3, row % per_head
+                    part = seen[b, h, i * block_q : (i + 1) * block_q, column * block_k : (column + 1) * block_k]
+                    words = found.patterns[pattern, : len(part), None] if pattern >= 0 else torch.tensor(-1)
+                    part.copy_((words >> torch.arange(part.shape[1]) & 1).bool())
+                assert torch.equal(seen, wanted), (repr(mask), m, n, block_q, block_k)
+    native_list = program.build(ChosenBlocks(layout, 64), 5, 5, 48, 64)
+    assert (native_list is None) == (batches > 1)
 
 
 def test_node_numbers_match_the_header() -> None:

@@ -57,6 +57,13 @@ class Mask:
         shape = (1, 1, t.q0.shape[0], t.k0.shape[1])
         return torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
 
+    def words(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor | None:
+        """``visible`` for the 64 keys from ``k`` on as bits of an int64, lowest first; None where that is no quicker.
+
+        Bits of keys that do not exist may be anything.
+        """
+        return None
+
     def interval(self) -> tuple[int, int] | None:
         """``(left, right)`` when ``q - left <= k <= q + right`` says it all, ``UNBOUNDED`` for no bound; else None."""
         return None
@@ -158,6 +165,10 @@ class _Pair(Mask):
 class And(_Pair):
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.one.visible(b, h, q, k) & self.other.visible(b, h, q, k)
+
+    def words(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor | None:
+        one, other = lowering.words(self.one, b, h, q, k), lowering.words(self.other, b, h, q, k)
+        return None if one is None or other is None else one & other
 
     def tiles(self, t: Tiles) -> tuple[Tensor, Tensor]:
         (some, every), (some2, every2) = self.one.tiles(t), self.other.tiles(t)

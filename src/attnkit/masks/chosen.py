@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from attnkit.masks.algebra import Tiles
 from attnkit.masks.held import Held
-from attnkit.masks.patterns import chunk_of
+from attnkit.masks.lowering import packed
+from attnkit.masks.patterns import bits_below, chunk_of
 
 
 class ChosenBlocks(Held):
@@ -45,12 +47,26 @@ class Lines(Held):
     def __init__(self, marks: Tensor) -> None:
         super().__init__(marks)
         _, self.batches, self.heads, self.length = marks.shape
+        self.length: int
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         columns, diagonals = self._of(k)
         batch, head, far = b * (self.batches > 1), h * (self.heads > 1), q - k
         seen: Tensor = columns[batch, head, k] | diagonals[batch, head, far.clamp(min=0)]
         return seen & (far >= 0)
+
+    def words(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        columns, diagonals = self._windows
+        batch, head, far = b * (self.batches > 1), h * (self.heads > 1), q - k
+        seen = columns[batch, head, k] | diagonals[batch, head, (self.length - 1 - far).clamp(max=self.length - 1)]
+        own: Tensor = seen & bits_below(far + 1)
+        return own
+
+    @cached_property
+    def _windows(self) -> Tensor:
+        """Words ``(2, batch | 1, heads | 1, n)``: 64 columns from each on, and 64 diagonals from each on downward."""
+        marks = torch.stack([self.tensor[0], self.tensor[1].flip(-1)])
+        return packed(torch.nn.functional.pad(marks, (0, 63)).unfold(-1, 64, 1))
 
     def tiles(self, t: Tiles) -> tuple[Tensor, Tensor]:
         columns, diagonals = torch.nn.functional.pad(self._of(t.q0).long().cumsum(-1), (1, 0))

@@ -103,23 +103,31 @@ def block_list(mask: Mask, m: int, n: int, block_q: int, block_k: int) -> BlockL
 
 def _bits(mask: Mask, tiles: Tensor, m: int, n: int, block_q: int, block_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pattern words ``(tiles, block_q)`` of the given tiles, and whether each shows something and everything."""
-    words, seen, complete = [], [], []
+    made, seen, complete = [], [], []
     for part in torch.split(tiles, _TILES_AT_ONCE):
         b, h, i, j = (x[:, None, None] for x in part.T)
         row, key = i * block_q + torch.arange(block_q)[:, None], j * block_k + torch.arange(block_k)
-        exists = (row < m) & (key < n)
+        exists = packed((row < m) & (key < n))
         # Rows and keys past the edge are asked about the last real position, then struck out.
-        answer = mask.visible(b, h, row.clamp(max=m - 1) + (n - m), key.clamp(max=n - 1)) & exists
-        words.append(_pack(answer))
-        seen.append(answer.flatten(1).any(-1))
-        complete.append((answer == exists).flatten(1).all(-1))
-    if not words:
+        query = row.clamp(max=m - 1) + (n - m)
+        answer = words(mask, b, h, query, key[..., :1])
+        word = packed(mask.visible(b, h, query, key.clamp(max=n - 1))) if answer is None else answer[..., 0]
+        made.append(word & exists)
+        seen.append((made[-1] != 0).any(-1))
+        complete.append((made[-1] == exists).all(-1))
+    if not made:
         empty = torch.zeros(0, dtype=torch.bool)
         return torch.zeros(0, block_q, dtype=torch.int64), empty, empty
-    return torch.cat(words), torch.cat(seen), torch.cat(complete)
+    return torch.cat(made), torch.cat(seen), torch.cat(complete)
 
 
-def _pack(bits: Tensor) -> Tensor:
+def words(mask: Mask, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor | None:
+    """``mask.words``, unless a class that inherits it has a rule of its own."""
+    owner = next(cls for cls in type(mask).__mro__ if "visible" in vars(cls))
+    return mask.words(b, h, q, k) if "words" in vars(owner) else None
+
+
+def packed(bits: Tensor) -> Tensor:
     """Bool ``(..., at most 64)`` to int64 words, bit j for column j."""
     wide = torch.nn.functional.pad(bits, (0, 64 - bits.shape[-1]))
     packed = np.packbits(wide.numpy(), axis=-1, bitorder="little")

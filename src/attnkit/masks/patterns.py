@@ -12,6 +12,14 @@ from attnkit.costs import interval_pairs
 from attnkit.masks.algebra import Mask, Reach, Tiles
 
 UNBOUNDED = 1 << 62
+FAR = 1 << 40
+"""Farther than any two positions are apart, and far from what an int64 holds."""
+
+
+def bits_below(count: Tensor) -> Tensor:
+    """Words of 64 bits whose first ``count`` are set: none for less than one, all for 64 and more."""
+    some = count.clamp(0, 63)
+    return torch.where(count >= 64, -1, (torch.ones_like(some) << some) - 1)
 
 
 def chunk_of(position: Tensor, size: int) -> Tensor:
@@ -43,6 +51,10 @@ class Interval(Mask):
         if self.left != UNBOUNDED:
             seen = seen & (k >= q - self.left)
         return seen
+
+    def words(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        far = q - k
+        return bits_below(far + (min(self.right, FAR) + 1)) & ~bits_below(far - min(self.left, FAR))
 
     def tiles(self, t: Tiles) -> tuple[Tensor, Tensor]:
         nearest, farthest = t.q0 - t.k1, t.q1 - t.k0

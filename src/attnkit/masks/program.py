@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnkit import native
 from attnkit.masks.algebra import And, Mask, Not, Or
+from attnkit.masks.chosen import ChosenBlocks
 from attnkit.masks.held import BlockSparse, Documents, Padding
 from attnkit.masks.patterns import Chunked, Dilated, Fixed, GlobalTokens, Interval, Prefix, Strided
 from attnkit.native import sparse
@@ -38,6 +39,8 @@ class Program:
             case cls if cls is Not:
                 inner = self.add(mask.inner)  # type: ignore[attr-defined]
                 return None if inner is None else self._node(sparse.NOT, inner)
+            case cls if cls is ChosenBlocks and mask.batches > 1:
+                return None  # the library's block layout has heads and no batches
             case cls if cls in LEAVES:
                 kind, a, b, data = LEAVES[cls](mask)
                 return self._node(kind, a, b, data, mask)
@@ -75,6 +78,7 @@ LEAVES: dict[type[Mask], Any] = {
     Documents: lambda x: (sparse.DOCUMENTS, x.tensor.shape[1], 0, _stored(x.tensor, torch.int64)),
     Padding: lambda x: (sparse.PADDING, x.tensor.shape[1], 0, _stored(x.tensor, torch.uint8)),
     BlockSparse: lambda x: (sparse.BLOCK_SPARSE, _near(x.block), x.tensor.shape[2], _stored(x.tensor, torch.uint8)),
+    ChosenBlocks: lambda x: (sparse.BLOCK_SPARSE, _near(x.block), x.tensor.shape[3], _stored(x.tensor, torch.uint8)),
 }
 
 
