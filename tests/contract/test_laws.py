@@ -16,7 +16,6 @@ PAIRS = [(lane, law) for lane in LANES for law in LAWS.values() if law.applies(l
 # double precision.
 REFUSED = {
     "cpu": {"definition_in_double_precision"},
-    "softmax-cpu": {"dropout"},
     # Intervals are all it takes; tests/contract/test_mla_native.py repeats calls and hides keys with those.
     "mla-cpu": {"deterministic", "documents", "empty_rows", "neutral_features", "padding"},
     "softmax-sdpa": {"parts_merge", "dropout"},
