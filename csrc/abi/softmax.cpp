@@ -65,7 +65,7 @@ int32_t check(const attnkit_softmax& s, const attnkit_softmax_gradients& g) {
   if (g.d_bias && (!s.bias || g.d_bias_n < 0 || g.d_bias_n > 1 ||
                    !in_range({{s.b, g.d_bias_b}, {s.h, g.d_bias_h}, {s.m, g.d_bias_m}, {s.n, g.d_bias_n}})))
     return ATTNKIT_BAD_SIZE;
-  return g.d_sink && !s.sink ? ATTNKIT_BAD_SIZE : ATTNKIT_OK;
+  return (g.d_sink && !s.sink) || (g.d_alibi && !s.alibi) ? ATTNKIT_BAD_SIZE : ATTNKIT_OK;
 }
 
 bool nothing_to_do(const attnkit_softmax& s) { return s.b == 0 || s.m == 0; }

@@ -63,6 +63,7 @@ typedef struct attnkit_softmax_gradients {
   void* d_v;          /* (b, g, n, e), or null */
   float* d_bias;      /* strided by d_bias_*, 0 where the bias is broadcast, d_bias_n at most 1; added to; or null */
   float* d_sink;      /* (h,), or null */
+  float* d_alibi;     /* (h,), or null */
   int64_t d_o_b, d_o_h, d_o_m;
   int64_t d_bias_b, d_bias_h, d_bias_m, d_bias_n;
 } attnkit_softmax_gradients;

@@ -13,6 +13,10 @@
 // products a step is a pair of neighbours in whatever is summed over: what is summed over in two ways is packed in two ways.
 // Sums of dk and dv of the tile stay in the second cache; dq is summed for each chunk apart, and chunks are added in order.
 //
+// D from a stored o is off by that one's rounding, which the sums over a row of dbias and over all of a head for the slopes of
+// ALiBi are left with: in a row, dlogit adds up to nothing. Where these gradients are wanted, the chunks are surveyed first:
+// D becomes what makes each row add up, and the gradient of a slope falls off.
+//
 // The split into chunks follows from the sizes of one sequence alone, and a sum over queries or keys runs in their order:
 // bits depend neither on threads nor on the batch. Rows are cut where the interval cuts: what is left out is exactly 0.
 
@@ -94,6 +98,7 @@ class Backward {
   // Float32 weights take the place of their scores; pairs have a place of their own, and scores of one block are enough.
   static constexpr bool kInPlace = kNumbers == 1;
   static constexpr int64_t kScoreKeys = kInPlace ? kBackKeys : kBlockKeys;
+  static constexpr int64_t kStats = 4, kTallies = 4;  // numbers of a row
 
  public:
   Backward(const attnkit_softmax& call, const attnkit_softmax_gradients& gradients)
@@ -101,6 +106,7 @@ class Backward {
         g_(gradients),
         logits_(call),
         dropout_(call),
+        surveys_(gradients.d_alibi || (sizeof(T) == 4 && gradients.d_bias && gradients.d_bias_n)),
         ratio_(call.h / call.g),
         rows_(round_up(call.m, kPanelRows)),
         key_steps_(ceil_div(call.d, kNumbers)),
@@ -130,10 +136,18 @@ class Backward {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < count * ratio_ * blocks; ++task)
           pack_queries_of(work, head(scratch, heads, start, task / blocks), task % blocks);
+        if (surveys_) {
+#pragma omp for schedule(dynamic, 1)
+          for (int64_t task = 0; task < count * chunks_; ++task)
+            chunk(work, scratch, heads, start, task % count, task / count, true);
+#pragma omp for schedule(dynamic, 4)
+          for (int64_t task = 0; task < count * ratio_ * blocks; ++task)
+            balance(head(scratch, heads, start, task / blocks), task % blocks);
+        }
         // Of causal chunks the first have the longest columns.
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < count * chunks_; ++task)
-          chunk(work, scratch, heads, start, task % count, task / count);
+          chunk(work, scratch, heads, start, task % count, task / count, false);
         if (g_.d_q) {
 #pragma omp for schedule(dynamic, 4)
           for (int64_t task = 0; task < count * ratio_ * blocks; ++task)
@@ -143,6 +157,10 @@ class Backward {
       if (g_.d_sink) {
 #pragma omp for schedule(static)
         for (int64_t h = 0; h < s_.h; ++h) g_.d_sink[h] = sink_gradient(scratch, h);
+      }
+      if (g_.d_alibi) {
+#pragma omp for schedule(static)
+        for (int64_t h = 0; h < s_.h; ++h) g_.d_alibi[h] = alibi_gradient(scratch, h);
       }
       if (g_.d_bias && g_.d_bias_n == 0) {
 #pragma omp single
@@ -159,6 +177,8 @@ class Backward {
     uint64_t chance;     // see Dropout::of_head
     float *lse, *rest;   // of each row, in exponents of two, +inf where nothing is seen: their sum is the log-sum-exp
     float* delta;        // D above, divided by the scale of dropout
+    float* fall;         // of each row, slopes times distances
+    double* tallies;     // of each chunk and row, see survey
     Element *query_across, *slope_across, *query_along, *slope_along;
     float* sums;         // of dq, for each chunk
     uint8_t* odd;        // of each block: a query or its gradient holds a NaN or an infinity
@@ -191,6 +211,7 @@ class Backward {
   // A panel of queries against a tile of keys.
   struct Meeting {
     int64_t first, count;              // queries
+    bool surveys;                      // nothing but tallies is wanted
     int64_t key_block;                 // of the tile
     int blocks, query_blocks;
     bool some = false, careful = false;
@@ -214,11 +235,12 @@ class Backward {
     const int64_t fit = kBackWaveBytes / most<int64_t>(ratio_ * head_bytes(), 1);
     return clamp<int64_t>(most(fit, threads_), 1, most<int64_t>(s_.b * s_.g, 1));
   }
-  int64_t stats_bytes() const { return round_up(12 * s_.b * s_.h * rows_, 64); }
+  int64_t stats_bytes() const { return round_up(4 * kStats * s_.b * s_.h * rows_, 64); }
   int64_t head_bytes() const {
     const int64_t along = kInPlace ? 0 : rows_ * (query_lda_ + slope_lda_);
     const int64_t across = rows_ / kNumbers * (key_columns_ + value_columns_);
-    return round_up(4 * (along + across + chunks_ * rows_ * key_columns_) + rows_ / kBlockQueries, 64);
+    const int64_t tallies = surveys_ ? chunks_ * kTallies * rows_ : 0;
+    return round_up(4 * (along + across + chunks_ * rows_ * key_columns_) + 8 * tallies + rows_ / kBlockQueries, 64);
   }
   int64_t work_bytes() const {
     const int64_t tile = kBackKeys * (key_steps_ + value_steps_ + key_columns_ / kNumbers + key_columns_ + value_columns_);
@@ -228,7 +250,7 @@ class Backward {
   }
 
   float* stats_of(char* stats, int64_t batch, int64_t h) const {
-    return reinterpret_cast<float*>(stats) + 3 * (batch * s_.h + h) * rows_;
+    return reinterpret_cast<float*>(stats) + kStats * (batch * s_.h + h) * rows_;
   }
 
   Head head(char* stats, char* heads, int64_t start, int64_t index) const {
@@ -240,6 +262,7 @@ class Backward {
     q.lse = stats_of(stats, batch, h);
     q.rest = q.lse + rows_;
     q.delta = q.rest + rows_;
+    q.fall = q.delta + rows_;
     q.query_across = reinterpret_cast<Element*>(heads + index * head_bytes());
     q.slope_across = q.query_across + rows_ / kNumbers * key_columns_;
     Element* end = q.slope_across + rows_ / kNumbers * value_columns_;
@@ -247,7 +270,8 @@ class Backward {
     q.slope_along = kInPlace ? q.slope_across : end + rows_ * query_lda_;
     if (!kInPlace) end = q.slope_along + rows_ * slope_lda_;
     q.sums = reinterpret_cast<float*>(end);
-    q.odd = reinterpret_cast<uint8_t*>(q.sums + chunks_ * rows_ * key_columns_);
+    q.tallies = reinterpret_cast<double*>(q.sums + chunks_ * rows_ * key_columns_);
+    q.odd = reinterpret_cast<uint8_t*>(q.tallies + (surveys_ ? chunks_ * kTallies * rows_ : 0));
     return q;
   }
 
@@ -318,7 +342,10 @@ class Backward {
       h.lse[first + i] = seen ? static_cast<float>(exponent) : kInfinity;
       h.rest[first + i] = seen ? static_cast<float>(exponent - static_cast<double>(h.lse[first + i])) : 0.0f;
       float product = w.scores[(i - begin) * kScoreKeys + i];
-      if (dropout_.drops) product = only.empty() ? product / dropout_.scale : keeps(h, first + i, only_key(only, i)) ? product : 0.0f;
+      if (dropout_.drops) {
+        const bool kept = only.empty() || keeps(h, first + i, only_key(only, i));
+        product = only.empty() ? product / dropout_.scale : kept ? product : 0.0f;
+      }
       h.delta[first + i] = seen ? product - (g_.d_lse ? g_.d_lse[row] / dropout_.scale : 0.0f) : 0.0f;
     }
   }
@@ -329,13 +356,19 @@ class Backward {
     return {clamp<int64_t>(begin - s_.right - shift, 0, s_.m), clamp<int64_t>(end + s_.left - shift, 0, s_.m)};
   }
 
-  void chunk(const Work& w, char* stats, char* heads, int64_t start, int64_t slot, int64_t number) const {
+  // Surveys a chunk or sums up its gradients.
+  void chunk(const Work& w, char* stats, char* heads, int64_t start, int64_t slot, int64_t number, bool surveys) const {
     const int64_t kv = start + slot, batch = kv / s_.g, group = kv % s_.g;
     const T* k = static_cast<const T*>(s_.k) + batch * s_.k_b + group * s_.k_g;
     const T* v = static_cast<const T*>(s_.v) + batch * s_.v_b + group * s_.v_g;
     for (int64_t i = 0; i < ratio_; ++i) {
-      float* sums = head(stats, heads, start, slot * ratio_ + i).sums + number * rows_ * key_columns_;
-      for (int64_t at = 0; at < rows_ * key_columns_; at += kWidth) store(sums + at, zero());
+      const Head h = head(stats, heads, start, slot * ratio_ + i);
+      if (surveys) {
+        for (int64_t at = 0; at < kTallies * rows_; ++at) h.tallies[number * kTallies * rows_ + at] = 0.0;
+      } else {
+        float* sums = h.sums + number * rows_ * key_columns_;
+        for (int64_t at = 0; at < rows_ * key_columns_; at += kWidth) store(sums + at, zero());
+      }
     }
     for (int64_t tile = number * tiles_ / chunks_; tile < (number + 1) * tiles_ / chunks_; ++tile) {
       const int64_t key = tile * kBackKeys, count = least(kBackKeys, s_.n - key);
@@ -347,17 +380,19 @@ class Backward {
         pack_key_block<Math>(keys, k + key * s_.k_n, key_sizes, j, w.keys_down);
         pack_key_block<Math>(values, v + key * s_.v_n, value_sizes, j, w.values_down);
         const attnkit_softmax block = rows_of(count - j * kBlockKeys, s_.d, s_.k_n);
-        odd[j] = pack_across(block, k + (key + j * kBlockKeys) * s_.k_n, kBlockKeys, key_columns_,
-                             w.keys_across + j * kBlockKeys / kNumbers * key_columns_);
+        odd[j] = !surveys && pack_across(block, k + (key + j * kBlockKeys) * s_.k_n, kBlockKeys, key_columns_,
+                                         w.keys_across + j * kBlockKeys / kNumbers * key_columns_);
       }
       for (int64_t at = 0; at < kBackKeys * (key_columns_ + value_columns_); at += kWidth) store(w.d_keys + at, zero());
       const Range rows = seeing_rows(key, key + count);
       for (int64_t i = 0; i < ratio_; ++i) {
         Head h = head(stats, heads, start, slot * ratio_ + i);
         h.sums += number * rows_ * key_columns_;
+        h.tallies += number * kTallies * rows_;
         for (int64_t first = rows.begin / kPanelRows * kPanelRows; first < rows.end; first += kPanelRows)
-          meet(w, h, first, tile * kBackBlocks, blocks, odd);
+          meet(w, h, first, tile * kBackBlocks, blocks, odd, surveys);
       }
+      if (surveys) continue;
       const int64_t out = kv * s_.n + key;
       if (g_.d_k) finish(w.d_keys, key_columns_, count, s_.d, s_.scale * dropout_.scale, static_cast<T*>(g_.d_k) + out * s_.d);
       if (g_.d_v) finish(w.d_values, value_columns_, count, s_.e, dropout_.scale, static_cast<T*>(g_.d_v) + out * s_.e);
@@ -393,11 +428,24 @@ class Backward {
     return static_cast<float>(total);
   }
 
-  // The sink's weight in a row, times that row's D.
-  double sink_part(const float* row, int64_t h) const {
+  // The sink's weight in a row.
+  double sink_weight(const float* row, int64_t h) const {
     const double exponent = static_cast<double>(s_.sink[h]) * kExactLog2E - static_cast<double>(row[0]);
-    const double delta = static_cast<double>(row[2 * rows_]) * static_cast<double>(dropout_.scale);
-    return __builtin_exp2(exponent - static_cast<double>(row[rows_])) * delta;
+    return __builtin_exp2(exponent - static_cast<double>(row[rows_]));
+  }
+  // The same, times that row's D.
+  double sink_part(const float* row, int64_t h) const {
+    return sink_weight(row, h) * static_cast<double>(row[2 * rows_]) * static_cast<double>(dropout_.scale);
+  }
+
+  // A slope of ALiBi takes off its distance.
+  float alibi_gradient(char* stats, int64_t h) const {
+    double total = 0.0;
+    for (int64_t batch = 0; batch < s_.b; ++batch) {
+      const float* row = stats_of(stats, batch, h) + 3 * rows_;
+      for (int64_t i = 0; i < s_.m; ++i) total -= static_cast<double>(row[i]);
+    }
+    return static_cast<float>(total * static_cast<double>(dropout_.scale));
   }
 
   // A bias that all keys of a row share moves its log-sum-exp, and weights only against the sink's: summing dlogit instead
@@ -413,8 +461,9 @@ class Backward {
     }
   }
 
-  void meet(const Work& w, const Head& h, int64_t first, int64_t key_block, int blocks, const bool* odd) const {
+  void meet(const Work& w, const Head& h, int64_t first, int64_t key_block, int blocks, const bool* odd, bool surveys) const {
     Meeting p;
+    p.surveys = surveys;
     p.first = first;
     p.count = least(kPanelRows, s_.m - first);
     p.key_block = key_block;
@@ -426,9 +475,10 @@ class Backward {
     for (int j = 0; j < blocks; ++j) {
       for (int i = 0; i < p.query_blocks; ++i) {
         if (p.present[i][j]) weigh_block(w, h, p, i, j);
-        if (!p.whole[i]) clear(w, p, i, j);
+        if (!p.whole[i] && !surveys) clear(w, p, i, j);
       }
     }
+    if (surveys) return;
     if (p.careful) return add_visible(w, h, p);
     if (g_.d_v)
       add_down(w.weights, h.slope_across + first / kNumbers * value_columns_, value_columns_, w.d_values, p);
@@ -527,7 +577,10 @@ class Backward {
       } else {
         for (int row = group * kRows; row < (group + 1) * kRows; ++row)
           to_logits(w, h, p, i, j, row, r, scores + row * kScoreKeys);
-        if (dropout_.drops) {
+        if (p.surveys) {
+          dropout_.drops ? survey<true>(h, p, i, j, group, r, scores, products)
+                         : survey<false>(h, p, i, j, group, r, scores, products);
+        } else if (dropout_.drops) {
           weigh<false, true>(w, h, p, i, j, group, r, scores, products);
         } else {
           weigh<false, false>(w, h, p, i, j, group, r, scores, products);
@@ -556,21 +609,43 @@ class Backward {
       store(scores + c, select(static_cast<Bits>(word >> c), load(scores + c), -kInfinity));
   }
 
-  // Weights and slopes of six rows. Only calls that are not plain hide keys, cap logits or want the gradient of a bias.
+  // What a row's weights and slopes are taken against.
+  struct Row {
+    Vec shift, rest, delta;
+    uint64_t chance;
+  };
+  template <bool kDrops>
+  ATTNKIT_INLINE Row row_at(const Head& h, int64_t query) const {
+    return {splat(-h.lse[query]), splat(h.rest[query]), splat(h.delta[query]),
+            kDrops ? dropout_.of_row(h.chance, query) : 0};
+  }
+
+  // A row's weights of the keys from `key` on, before dropout, and their slopes, from logits x and products do . v.
+  // Returns which of them dropout keeps. Only calls that are not plain hide keys.
+  template <bool kPlain, bool kDrops>
+  ATTNKIT_INLINE Bits weigh_keys(const Row& row, int64_t key, Vec x, Vec products, Vec& weight, Vec& slope) const {
+    // Weights that are rounded to pairs do not notice the rest.
+    const Vec exponent = fma(x, splat(logits_.exponent), row.shift);
+    weight = exp2<Math::kExpDegree>(kInPlace ? exponent - row.rest : exponent);
+    const Bits kept = kDrops ? dropout_.kept(row.chance, key) : 0;
+    if constexpr (kDrops) products = select(kept, products, 0.0f);
+    slope = weight * (products - row.delta);
+    if constexpr (!kPlain) {
+      const Bits seen = bits_unequal(x, -kInfinity);
+      weight = select(seen, weight, 0.0f);
+      slope = select(seen, slope, 0.0f);
+    }
+    return kept;
+  }
+
+  // Weights and slopes of six rows. Only calls that are not plain cap logits or want the gradient of a bias.
   template <bool kPlain, bool kDrops>
   ATTNKIT_NOINLINE void weigh(const Work& w, const Head& h, const Meeting& p, int i, int j, int group, Range r,
                               const float* scores, const float* products) const {
-    const Vec factor = splat(logits_.exponent);
     const int64_t first = p.first + i * kBlockQueries;
     for (int64_t row = group * kRows; row < (group + 1) * kRows; row += kNumbers) {
-      Vec shift[kNumbers], rest[kNumbers], delta[kNumbers];
-      uint64_t chance[kNumbers];
-      for (int a = 0; a < kNumbers; ++a) {
-        if constexpr (kDrops) chance[a] = dropout_.of_row(h.chance, first + row + a);
-        shift[a] = splat(-h.lse[first + row + a]);
-        rest[a] = splat(h.rest[first + row + a]);
-        delta[a] = splat(h.delta[first + row + a]);
-      }
+      Row rows[kNumbers];
+      for (int a = 0; a < kNumbers; ++a) rows[a] = row_at<kDrops>(h, first + row + a);
       for (int64_t c = r.begin; c < r.end; c += kVectorKeys) {
         Vec weight[kNumbers][kNumbers], slope[kNumbers][kNumbers];
 #pragma GCC unroll 2
@@ -578,22 +653,12 @@ class Backward {
 #pragma GCC unroll 2
           for (int b = 0; b < kNumbers; ++b) {
             const int64_t at = (row + a) * kScoreKeys + c + b * kWidth;
-            const Vec x = load(scores + at);
-            // Weights that are rounded to pairs do not notice the rest.
-            const Vec exponent = fma(x, factor, shift[a]);
-            weight[a][b] = exp2<Math::kExpDegree>(kInPlace ? exponent - rest[a] : exponent);
-            Vec product = load(products + at);
             const int64_t key = (p.key_block + j) * kBlockKeys + c + b * kWidth;
-            const Bits kept = kDrops ? dropout_.kept(chance[a], key) : 0;
-            if constexpr (kDrops) product = select(kept, product, 0.0f);
-            slope[a][b] = weight[a][b] * (product - delta[a]);
+            const Bits kept = weigh_keys<kPlain, kDrops>(rows[a], key, load(scores + at), load(products + at),
+                                                         weight[a][b], slope[a][b]);
             if constexpr (kDrops) weight[a][b] = select(kept, weight[a][b], 0.0f);
             if constexpr (!kPlain) {
-              const Bits seen = bits_unequal(x, -kInfinity);
-              weight[a][b] = select(seen, weight[a][b], 0.0f);
-              slope[a][b] = select(seen, slope[a][b], 0.0f);
-              if (g_.d_bias && g_.d_bias_n && first + row + a < s_.m)
-                add_bias(h, first + row + a, key, slope[a][b]);
+              if (g_.d_bias && g_.d_bias_n && first + row + a < s_.m) add_bias(h, first + row + a, key, slope[a][b]);
               if (s_.softcap > 0)
                 slope[a][b] = slope[a][b] * load(w.caps + (row + a) * kBlockKeys + c + b * kWidth);
             }
@@ -605,6 +670,48 @@ class Backward {
         store_along(w.slope_rows + ((i * kBlockQueries + row) * kBackKeys + j * kBlockKeys + c) / kNumbers,
                     kBackKeys / kNumbers, slope);
       }
+    }
+  }
+
+  // What weights and slopes of six rows add up to, alone and each times the distance of its key.
+  template <bool kDrops>
+  ATTNKIT_NOINLINE void survey(const Head& h, const Meeting& p, int i, int j, int group, Range r, const float* scores,
+                               const float* products) const {
+    for (int64_t row = group * kRows; row < least((group + 1) * int64_t{kRows}, p.rows_of(i)); ++row) {
+      const int64_t query = p.first + i * kBlockQueries + row, key = (p.key_block + j) * kBlockKeys;
+      const Row from = row_at<kDrops>(h, query);
+      Vec weights = zero(), slopes = zero(), far_weights = zero(), far_slopes = zero();
+      for (int64_t c = r.begin; c < r.end; c += kWidth) {
+        Vec weight, slope;
+        weigh_keys<false, kDrops>(from, key + c, load(scores + row * kScoreKeys + c), load(products + row * kScoreKeys + c),
+                                  weight, slope);
+        const Vec distance = abs(iota() + splat(static_cast<float>(key + c - (s_.n - s_.m + query))));
+        weights = weights + weight;
+        slopes = slopes + slope;
+        far_weights = fma(weight, distance, far_weights);
+        far_slopes = fma(slope, distance, far_slopes);
+      }
+      double* const tallies = h.tallies + query;
+      tallies[0] += static_cast<double>(sum(weights));
+      tallies[rows_] += static_cast<double>(sum(slopes));
+      tallies[2 * rows_] += static_cast<double>(sum(far_weights));
+      tallies[3 * rows_] += static_cast<double>(sum(far_slopes));
+    }
+  }
+
+  // Moves D by what makes the slopes of each row add up to what they must: to nothing, but for the sink's and dlse.
+  void balance(const Head& h, int64_t block) const {
+    for (int64_t i = block * kBlockQueries; i < least((block + 1) * kBlockQueries, s_.m); ++i) {
+      double tally[kTallies] = {};
+      for (int64_t part = 0; part < chunks_; ++part)
+        for (int64_t t = 0; t < kTallies; ++t) tally[t] += h.tallies[(part * kTallies + t) * rows_ + i];
+      const bool seen = h.lse[i] != kInfinity;
+      const float d_lse = g_.d_lse ? g_.d_lse[(h.batch * s_.h + h.head) * s_.m + i] / dropout_.scale : 0.0f;
+      const double sunk = s_.sink && seen ? sink_weight(h.lse + i, h.head) : 0.0, whole = tally[0] + sunk;
+      const double delta = static_cast<double>(h.delta[i]), mean = delta + static_cast<double>(d_lse);
+      const double by = seen ? (tally[1] - static_cast<double>(d_lse) * tally[0] - mean * sunk) / whole : 0.0;
+      h.delta[i] = static_cast<float>(delta + by);
+      h.fall[i] = static_cast<float>(tally[3] - by * tally[2]);
     }
   }
 
@@ -699,6 +806,7 @@ class Backward {
   const attnkit_softmax_gradients& g_;
   const Logits logits_;
   const Dropout dropout_;
+  const bool surveys_;                          // see above: bias gradients of 16 bits do without
   const int64_t ratio_;                         // query heads of one KV head
   const int64_t rows_;                          // queries, whole panels
   const int64_t key_steps_, value_steps_;       // of the first two products

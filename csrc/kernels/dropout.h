@@ -4,8 +4,6 @@
 // backward pass draw the same ones, each for itself, and none is stored. Seed, batch, head and query are hashed once a row;
 // a pair then costs one round of SplitMix64's finaliser (Steele, Lea and Flood 2014): two products of 64 bits, of which a
 // vector holds half as many as it holds floats. A weight is kept when its upper 24 bits are not below a limit.
-//
-// On a Zen 4 core @COST@.
 
 // All of a round but its last step, x ^ x >> 31, which leaves the upper 31 bits as they are.
 template <class X>

@@ -9,7 +9,7 @@ struct Case : SoftmaxCall {
   attnkit_softmax_gradients g{};
   Layout d_o_at;
   Numbers d_o, d_q, d_k, d_v;
-  std::vector<float> rest, d_lse, d_bias, d_sink;
+  std::vector<float> rest, d_lse, d_bias, d_sink, d_alibi;
 
   Case(int64_t b, int64_t h, int64_t kv, int64_t m, int64_t n, int64_t d, int64_t e, int32_t dtype)
       : SoftmaxCall(b, h, kv, m, n, d, e, dtype), d_o_at(b, h, m, e, true), d_o(d_o_at.count, dtype),
@@ -26,6 +26,7 @@ struct Case : SoftmaxCall {
       g.d_lse = d_lse.data();
     }
     if (s.sink && below(4)) d_sink.resize(sink.size()), g.d_sink = d_sink.data();
+    if (s.alibi && below(4)) d_alibi.resize(alibi.size()), g.d_alibi = d_alibi.data();
     if (s.bias && below(4)) {
       if (below(2)) s.bias_b = 0;  // shared by all batches
       if (below(2)) s.bias_h = 0;
@@ -37,6 +38,7 @@ struct Case : SoftmaxCall {
   void poison() {
     for (float& x : d_bias) x = 0.0f;  // which is added to
     for (float& x : d_sink) x = NAN;
+    for (float& x : d_alibi) x = NAN;
     d_q.poison(), d_k.poison(), d_v.poison();
   }
 
@@ -53,7 +55,7 @@ struct Case : SoftmaxCall {
   // Largest distance from the definition, relative to the largest gradient of its tensor or 1.
   double error() const {
     std::vector<double> t_q(d_q.values.size()), t_k(d_k.values.size()), t_v(d_v.values.size());
-    std::vector<double> t_bias(d_bias.size()), t_sink(d_sink.size());
+    std::vector<double> t_bias(d_bias.size()), t_sink(d_sink.size()), t_alibi(d_alibi.size());
     for (int64_t row = 0; row < s.b * s.h * s.m; ++row) {
       const int64_t i = row % s.m, h = row / s.m % s.h, b = row / s.m / s.h, kv = h / (s.h / s.g);
       if (lse[row] == -INFINITY) continue;
@@ -86,6 +88,7 @@ struct Case : SoftmaxCall {
         const double p = std::exp(x - end);
         slope *= p;
         if (g.d_bias && s.bias_n) t_bias[bias_at + j] += slope;
+        if (g.d_alibi) t_alibi[h] -= slope * std::abs(static_cast<double>(s.n - s.m + i - j));
         slope *= cap * s.scale;
         const int64_t key_at = (b * s.g + kv) * s.n + j;
         for (int64_t c = 0; c < s.e; ++c) t_v[key_at * s.e + c] += p * kept * slopes[c];
@@ -112,6 +115,7 @@ struct Case : SoftmaxCall {
     };
     judge(g.d_q, d_q, t_q), judge(g.d_k, d_k, t_k), judge(g.d_v, d_v, t_v);
     compare(t_bias, [&](int64_t i) { return static_cast<double>(d_bias[i]); });
+    compare(t_alibi, [&](int64_t i) { return static_cast<double>(d_alibi[i]); });
     compare(t_sink, [&](int64_t i) { return static_cast<double>(d_sink[i]); });
     return worst;
   }

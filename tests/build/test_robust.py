@@ -66,6 +66,8 @@ def test_the_library_refuses_what_would_overflow() -> None:
         {"left": 2**63 - 1},
         {"dtype": 9},
         {"kernel": 2},
+        {"drop_below": -1},
+        {"drop_below": 1 << 24},
     ):
         with pytest.raises(RuntimeError, match="the native kernel softmax_forward refused a call: "):
             native.run("softmax_forward", native.pack_softmax(*(good | wrong).values()))

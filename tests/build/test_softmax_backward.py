@@ -53,16 +53,44 @@ def test_every_feature_and_a_shared_bias(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "mask", [None, attnkit.window(100), attnkit.dilated_window(9, 40)], ids=["full", "window", "blocks"]
+)
+def test_slopes_of_alibi(level: str, dtype: torch.dtype, mask: Any) -> None:
+    features = {"alibi": torch.tensor([0.5, 0.0, -0.1, 0.02]), "mask": mask, "return_lse": True}
+    with native.use_level(level):
+        assert_gradients_match(SPEC, "cpu", drawn(2, 4, 2, 130, 410, 24, 40, dtype) | features)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 90, 200), (1, 1, 90, 200), (1, 4, 1, 200), (3, 1, 90, 1)], ids=str)
+def test_sums_that_nearly_cancel(shape: tuple[int, ...]) -> None:
+    """All values nearly alike: slopes are the little that they differ by, beside a sink, soft-cap and dropout."""
+    arguments = drawn(3, 4, 2, 90, 200, 16, 24)
+    arguments["v"].mul_(1e-3).add_(30)
+    arguments |= {"bias": torch.randn(shape), "alibi": torch.rand(4), "return_lse": True}
+    assert_gradients_match(SPEC, "cpu", arguments | {"mask": attnkit.causal()})
+    arguments |= {"sink": torch.randn(4), "softcap": 2.0, "dropout": 0.1, "seed": 1}
+    assert_gradients_match(SPEC, "cpu", arguments)
+
+
+def test_float32_biases_train_natively() -> None:
+    q, bias = torch.randn(1, 2, 5, 8), torch.randn(5, 5, requires_grad=True)
+    assert attnkit.explain(attnkit.softmax_attention, q, q, q, bias=bias).chosen == "cpu"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
 def test_bits_depend_on_neither_threads_nor_batch(level: str, dtype: torch.dtype) -> None:
     arguments = drawn(3, 4, 2, 300, 900, 32, 16, dtype)
     bias, direction = torch.randn(1, 4, 300, 900), torch.randn(3, 4, 300, 16).to(dtype)
+    of_heads = {"sink": torch.ones(4), "alibi": torch.ones(4)}
     threads = torch.get_num_threads()
     try:
         with native.use_level(level):
             runs = []
             for count in (1, 2, 5):
                 torch.set_num_threads(count)
-                runs.append(gradients(direction, **arguments, bias=bias, sink=torch.ones(4), mask=attnkit.causal()))
+                runs.append(gradients(direction, **arguments, bias=bias, **of_heads, mask=attnkit.causal()))
             whole = gradients(direction, **arguments, mask=attnkit.causal())
             alone = {name: x[1:2] for name, x in arguments.items()}
             part = gradients(direction[1:2], **alone, mask=attnkit.causal())

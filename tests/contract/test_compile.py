@@ -88,7 +88,6 @@ def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
     plain = (q, k, v, None, far, 0, 0.25, None, None, 0.0, None, 0.0, 0, False)
     rich = (q, k, v, dense, far, far, 0.25, torch.randn(2, 4, 9, 70), torch.rand(4), 2.0, torch.randn(4), 0.3, 7, True)
     trained = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in rich]
-    trained[8] = rich[8].detach()
     o, lse = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9)
     slopes = (q.detach(), k.detach(), v.detach(), o, lse, lse * 1e-7, torch.randn_like(o), torch.randn_like(lse), dense)
     slopes += (
@@ -101,7 +100,7 @@ def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
         torch.randn(4),
         0.3,
         7,
-        [True, True, False, True, True],
+        [True, True, False, True, True, True],
     )
     # Keys of 10 + 6 channels and values of 8 for 4 heads, from latents of 12.
     latent = (q.detach(), torch.randn(2, 1, 70, 12 + 6), torch.randn(4, 10 + 8, 12), far, 0, 0.25)

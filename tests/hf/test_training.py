@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 import attnkit.hf
 from attnkit.dispatch import watch
+from attnkit.mechanisms.softmax import softmax_attention
 from attnkit.testing.budgets import assert_within
 
 IDS = torch.randint(3, 99, (3, 24), generator=torch.Generator().manual_seed(1))
@@ -54,6 +56,28 @@ def test_losses_are_those_of_eager_attention(
         found = losses(model, steps)
     assert ran and gold[-1] < gold[0] - 1
     assert_within(found, gold, naive, torch.float32, what=family)
+
+
+def test_attention_dropout_runs_natively_and_replays(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seed of each call comes from torch's generator: the definition draws the same, and so does a checkpoint."""
+
+    def learn(model: Any) -> Tensor:
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.3
+        torch.manual_seed(5)
+        return losses(model, 10)
+
+    with watch() as ran:
+        found = learn(tiny("llama", "attnkit"))
+    assert set(ran) == {("softmax", "cpu")}
+    model = tiny("llama", "attnkit")
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # its newer name is not in 5.23
+    assert found.equal(learn(model))
+    assert not found.equal(losses(tiny("llama", "attnkit"), 10))
+    monkeypatch.setattr(attnkit.hf.attention, "softmax_attention", partial(softmax_attention, backend="reference"))
+    gold, naive = learn(tiny("llama", "attnkit").double()), learn(tiny("llama", "attnkit"))
+    assert_within(found, gold, naive, torch.float32, what="loss")
 
 
 def trained(model: Any, folder: Path, steps: int) -> Tensor:

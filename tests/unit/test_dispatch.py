@@ -50,10 +50,10 @@ def test_nothing_can_run() -> None:
 
 
 def test_explain_computes_nothing_and_agrees_with_run() -> None:
-    q, bias = torch.randn(1, 2, 5, 8), torch.randn(5, 5, requires_grad=True)
-    decision = attnkit.explain(attnkit.softmax_attention, q, q, q, bias=bias)
+    q = torch.randn(1, 2, 5, 8)
+    decision = attnkit.explain(attnkit.softmax_attention, q.double(), q.double(), q.double())
     assert decision.chosen == "sdpa"
-    assert "a float32 gradient of a bias" in decision.rejected["cpu"][0]
+    assert "dtype is torch.float64" in decision.rejected["cpu"][0]
     refused = attnkit.explain(attnkit.softmax_attention, q, q, q, softcap=3.0, backend="sdpa")
     assert refused.chosen is None
     assert refused.rejected["sdpa"] == ("softcap is 3.0, torch SDPA has none",)

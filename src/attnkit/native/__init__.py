@@ -59,7 +59,7 @@ SOFTMAX_FIELDS: tuple[tuple[str, type], ...] = (
 )
 
 SOFTMAX_GRADIENT_FIELDS: tuple[tuple[str, type], ...] = (
-    *((name, c_void_p) for name in ("d_o", "d_lse", "d_q", "d_k", "d_v", "d_bias", "d_sink")),
+    *((name, c_void_p) for name in ("d_o", "d_lse", "d_q", "d_k", "d_v", "d_bias", "d_sink", "d_alibi")),
     *((name, c_int64) for name in ("d_o_b", "d_o_h", "d_o_m", "d_bias_b", "d_bias_h", "d_bias_m", "d_bias_n")),
 )
 

@@ -167,7 +167,7 @@ def _of_rows(
     d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
     results = (x.data_ptr() for x in (d_q, d_k, d_v))
     steps = (*d_o.stride()[:3], 0, 0, 0, 0)
-    native.run("softmax_backward", call, native.pack_softmax_gradients(d_o.data_ptr(), 0, *results, 0, 0, *steps))
+    native.run("softmax_backward", call, native.pack_softmax_gradients(d_o.data_ptr(), 0, *results, 0, 0, 0, *steps))
     return d_q, d_k, d_v
 
 

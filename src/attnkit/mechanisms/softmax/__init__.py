@@ -14,7 +14,7 @@ from attnkit.masks import UNBOUNDED, Mask, causal, checked
 from attnkit.masks.patterns import Interval
 from attnkit.mechanisms.softmax import cpu, flex, sdpa
 from attnkit.mechanisms.softmax.reference import forward as reference
-from attnkit.spec import Backend, Call, Laws, Mechanism, Sizes
+from attnkit.spec import Backend, Laws, Mechanism, Sizes
 from attnkit.state import KVState
 
 __all__ = [
@@ -269,18 +269,6 @@ def sample(
     return {"q": q, "k": k, "v": v, "mask": causal()}
 
 
-def _bias_gradient(call: Call) -> tuple[str, ...]:
-    """Float32 gradients of a bias are left to backends whose rows of them sum to nearly nothing.
-
-    The native backward takes a row's mean slope from the rounded output, so that its rows sum to a rounding of the
-    slopes' own size; a mechanism that projects a bias down to one number, as additive attention does, notices.
-    """
-    q, bias = call["q"], call["bias"]
-    if bias is None or q.dtype != torch.float32 or not (bias.requires_grad and torch.is_grad_enabled()):
-        return ()
-    return (f"a float32 gradient of a bias {tuple(bias.shape)} is more exact elsewhere, name this backend to use it",)
-
-
 def _cpu() -> Any:
     return cpu.forward
 
@@ -317,7 +305,7 @@ SPEC: Mechanism = Mechanism(
     sample=sample,
     reference=reference,
     backends=(
-        Backend("cpu", _cpu, cpu.rejects, _bias_gradient),
+        Backend("cpu", _cpu, cpu.rejects),
         Backend("sdpa", _sdpa, sdpa.rejects, finite_only=True),
         Backend("flex", _flex, flex.rejects, flex.declines, finite_only=True),
         Backend("reference", _reference),

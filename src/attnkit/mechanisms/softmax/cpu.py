@@ -33,9 +33,6 @@ def rejects(call: Call) -> tuple[str, ...]:
     for name, size in (("key", q.shape[3]), ("value", v.shape[3])):
         if not 1 <= size <= MOST_SIZE:
             reasons.append(f"{name} size is {size}, the native kernel takes 1 to {MOST_SIZE}")
-    alibi = call["alibi"]
-    if torch.is_grad_enabled() and alibi is not None and alibi.requires_grad:
-        reasons.append(f"gradients are wanted for {alibi.shape[0]} slopes of alibi, the native kernel has none of them")
     reasons += scale_refused(call["scale"])
     return tuple(reasons)
 
@@ -57,7 +54,7 @@ def forward(
     interval = (UNBOUNDED, UNBOUNDED) if mask is None else mask.interval()
     left, right = interval or (UNBOUNDED, UNBOUNDED)
     bias, alibi, sink = as_float32(bias), as_float32(alibi), as_float32(sink)
-    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias, sink))
+    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias, sink, alibi))
     if torch.compiler.is_compiling():
         # A mask object cannot cross into an operator: it goes over as a tensor, and is made a block list inside.
         dense = None if mask is None or interval is not None else mask.dense(q.shape[2], k.shape[2], q.device)
@@ -68,7 +65,7 @@ def forward(
     listed = mask if interval is None else None
     if trains:
         apply: Any = _Attention.apply
-        o, lse = apply(q, k, v, bias, sink, listed, left, right, scale, alibi, softcap, dropout, seed or 0)
+        o, lse = apply(q, k, v, bias, sink, alibi, listed, left, right, scale, softcap, dropout, seed or 0)
         return (o, lse) if return_lse else o
     lse = _rows_of(q) if return_lse else None
     o = _run(q, k, v, listed, left, right, scale, bias, alibi, softcap, sink, dropout, seed or 0, lse, None)
@@ -84,11 +81,11 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         bias: Tensor | None,
         sink: Tensor | None,
+        alibi: Tensor | None,
         mask: Mask | None,
         left: int,
         right: int,
         scale: float,
-        alibi: Tensor | None,
         softcap: float | None,
         dropout: float,
         seed: int,
@@ -107,9 +104,9 @@ class _Attention(torch.autograd.Function):
         q, k, v, o, lse, rest, bias, alibi, sink = ctx.saved_tensors
         gradients = _run_backward(
             q, k, v, o, lse, rest, d_o, d_lse, ctx.mask, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink,
-            ctx.dropout, ctx.seed, ctx.needs_input_grad[:5],
+            ctx.dropout, ctx.seed, ctx.needs_input_grad[:6],
         )  # fmt: skip
-        return (*gradients, *(None,) * 8)
+        return (*gradients, *(None,) * 7)
 
 
 @torch.library.custom_op("attnkit::softmax", mutates_args=(), device_types="cpu")
@@ -179,7 +176,7 @@ def _backward_operator(
     seed: int,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """Gradients of q, k, v, bias and sink; an empty tensor for each that is not wanted."""
+    """Gradients of q, k, v, bias, sink and alibi; an empty tensor for each that is not wanted."""
     mask = None if dense is None else explicit(dense)
     gradients = _run_backward(
         q, k, v, o, lse, rest, d_o, d_lse, mask, left, right, scale, bias, alibi, softcap or None, sink,
@@ -210,7 +207,7 @@ def _backward_shapes(
     seed: int,
     wanted: list[bool],
 ) -> list[Tensor]:
-    pairs = zip((q, k, v, bias, sink), wanted, strict=True)
+    pairs = zip((q, k, v, bias, sink, alibi), wanted, strict=True)
     return [x.new_empty(x.shape) if x is not None and want else q.new_empty(0) for x, want in pairs]
 
 
@@ -222,13 +219,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _backward(ctx: Any, d_o: Tensor, d_lse: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, o, lse, rest, dense, bias, alibi, sink = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    wanted = [needs[0], needs[1], needs[2], needs[7], needs[10]]
+    wanted = [needs[0], needs[1], needs[2], needs[7], needs[10], needs[8]]
     found = torch.ops.attnkit.softmax_backward(
         q, k, v, o, lse, rest, d_o, d_lse, dense, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink,
         ctx.dropout, ctx.seed, wanted,
     )  # fmt: skip
-    d_q, d_k, d_v, d_bias, d_sink = (x if want else None for x, want in zip(found, wanted, strict=True))
-    return d_q, d_k, d_v, None, None, None, None, d_bias, None, None, d_sink, None, None, None
+    d_q, d_k, d_v, d_bias, d_sink, d_alibi = (x if want else None for x, want in zip(found, wanted, strict=True))
+    return d_q, d_k, d_v, None, None, None, None, d_bias, d_alibi, None, d_sink, None, None, None
 
 
 _operator.register_autograd(_backward, setup_context=_keep)
@@ -292,7 +289,7 @@ def _run_backward(
     seed: int,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, bias and sink in their shapes; None for each that is not wanted."""
+    """Gradients of q, k, v, bias, sink and alibi in their shapes; None for each that is not wanted."""
     q, k, v, o = rows(q), rows(k), rows(v), rows(o)
     d_o = torch.zeros_like(o) if d_o is None else rows(d_o)
     d_lse = None if d_lse is None else d_lse.contiguous()
@@ -303,16 +300,17 @@ def _run_backward(
     d_q, d_k, d_v = (x.new_empty(x.shape) if want else None for x, want in zip((q, k, v), wanted, strict=False))
     d_bias = torch.zeros(bias.shape) if bias is not None and wanted[3] else None
     d_sink = torch.empty(sink.shape) if sink is not None and wanted[4] else None
+    d_alibi = torch.empty(alibi.shape) if alibi is not None and wanted[5] else None
     native.run(
         "softmax_backward",
         call,
         native.pack_softmax_gradients(
-            *(0 if x is None else x.data_ptr() for x in (d_o, d_lse, d_q, d_k, d_v, d_bias, d_sink)),
+            *(0 if x is None else x.data_ptr() for x in (d_o, d_lse, d_q, d_k, d_v, d_bias, d_sink, d_alibi)),
             *d_o.stride()[:3],
             *steps(d_bias),
         ),
     )
-    return d_q, d_k, d_v, d_bias, d_sink
+    return d_q, d_k, d_v, d_bias, d_sink, d_alibi
 
 
 def block_list(mask: Mask | None, q: Tensor, k: Tensor) -> BlockList | None:
