@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 
-def bits(seed: int, b: int, h: int, queries: Tensor, keys: Tensor, count: int) -> Tensor:
+def bits(seed: int | Tensor, b: int, h: int, queries: Tensor, keys: Tensor, count: int) -> Tensor:
     """``count`` random bits a pair, int64 ``(b, h, m, n)``: a hash of (seed, batch, head, query and key position).
 
     ``queries`` ``(m,)`` and ``keys`` ``(n,)`` are absolute positions, int64.
     """
     device = queries.device
     # The seed is mixed alone first: seed 1 of sequence 0 would be seed 0 of sequence 1.
-    hashed = _mix(torch.full((), seed, dtype=torch.int64, device=device))
+    given = seed.clone() if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64)
+    hashed = _mix(given.to(device))
     for axis, index in enumerate((torch.arange(b, device=device), torch.arange(h, device=device), queries, keys)):
         hashed = _mix(hashed ^ index.reshape([-1] + [1] * (3 - axis)))
     return _shift(hashed, 64 - count)

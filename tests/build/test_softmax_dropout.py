@@ -12,6 +12,7 @@ import attnkit
 from attnkit import native
 from attnkit.mechanisms.softmax.reference import dropout_keep
 from attnkit.registry import get
+from attnkit.testing.budgets import assert_within
 from attnkit.testing.runs import assert_gradients_match, assert_matches
 
 pytestmark = pytest.mark.skipif(not native.STATUS.available, reason=native.STATUS.reason)
@@ -105,6 +106,26 @@ def test_compiled_is_eager() -> None:
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     found, wanted = (torch.autograd.grad(function(*leaves), leaves) for function in (compiled, loss))
     assert all(one.equal(two) for one, two in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_compiled_call_draws_a_seed_each_time(backend: str) -> None:
+    """The one that the eager call draws from torch's generator, and gradients replay it."""
+    arguments = drawn(1, 2, 2, 20, 30, 8, 8)
+    leaves = [x.requires_grad_() for x in arguments.values()]
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o: Tensor = attnkit.softmax_attention(q, k, v, dropout=0.25, backend=backend)
+        return o.square().sum()
+
+    def runs(function: Any) -> list[Tensor]:
+        torch.manual_seed(3)
+        return [slope for _ in range(2) for slope in torch.autograd.grad(function(*leaves), leaves)]
+
+    found, wanted = runs(torch.compile(loss, fullgraph=True, backend="aot_eager")), runs(loss)
+    assert not wanted[0].equal(wanted[3])
+    for one, two in zip(found, wanted, strict=True):
+        assert_within(one, two.double(), two, one.dtype, gradient=True)
 
 
 def test_a_seed_has_64_bits() -> None:

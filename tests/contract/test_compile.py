@@ -85,8 +85,23 @@ def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
     q, k, v = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 70, 16), torch.randn(2, 2, 70, 8)
     dense = torch.rand(2, 1, 9, 70) < 0.5
     far = 1 << 62
-    plain = (q, k, v, None, far, 0, 0.25, None, None, 0.0, None, 0.0, 0, False)
-    rich = (q, k, v, dense, far, far, 0.25, torch.randn(2, 4, 9, 70), torch.rand(4), 2.0, torch.randn(4), 0.3, 7, True)
+    plain = (q, k, v, None, far, 0, 0.25, None, None, 0.0, None, 0.0, None, False)
+    rich = (
+        q,
+        k,
+        v,
+        dense,
+        far,
+        far,
+        0.25,
+        torch.randn(2, 4, 9, 70),
+        torch.rand(4),
+        2.0,
+        torch.randn(4),
+        0.3,
+        torch.tensor(7),
+        True,
+    )
     trained = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in rich]
     o, lse = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9)
     slopes = (q.detach(), k.detach(), v.detach(), o, lse, lse * 1e-7, torch.randn_like(o), torch.randn_like(lse), dense)
@@ -99,7 +114,7 @@ def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
         2.0,
         torch.randn(4),
         0.3,
-        7,
+        torch.tensor(7),
         [True, True, False, True, True, True],
     )
     # Keys of 10 + 6 channels and values of 8 for 4 heads, from latents of 12.

@@ -123,10 +123,13 @@ def call(
         raise ValueError(f"{where}: softcap is {softcap}, expected a positive number or None")
     if not 0 <= dropout < 1:
         raise ValueError(f"{where}: dropout is {dropout}, expected 0 <= dropout < 1")
-    if dropout and seed is None:
-        seed = int(torch.randint(1 << 62, ()))
     if seed is not None and not -(1 << 63) <= seed < 1 << 63:
         raise ValueError(f"{where}: seed is {seed}, expected a whole number of 64 bits, -2^63 to 2^63 - 1")
+    number: int | Tensor | None = seed
+    if dropout and seed is None:
+        # While a call is traced it stays a tensor: a number would be the same in every run of the graph.
+        drawn = torch.randint(1 << 62, ())
+        number = drawn if torch.compiler.is_compiling() else int(drawn)
     return {
         "q": q,
         "k": k,
@@ -138,7 +141,7 @@ def call(
         "softcap": softcap,
         "sink": sink,
         "dropout": dropout,
-        "seed": seed,
+        "seed": number,
         "return_lse": return_lse,
     }
 

@@ -48,7 +48,7 @@ def forward(
     softcap: float | None,
     sink: Tensor | None,
     dropout: float,
-    seed: int | None,
+    seed: int | Tensor | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     interval = (UNBOUNDED, UNBOUNDED) if mask is None else mask.interval()
@@ -58,17 +58,19 @@ def forward(
     if torch.compiler.is_compiling():
         # A mask object cannot cross into an operator: it goes over as a tensor, and is made a block list inside.
         dense = None if mask is None or interval is not None else mask.dense(q.shape[2], k.shape[2], q.device)
+        # A seed that is drawn while the call is traced is a tensor, which each run draws again.
+        number = seed if seed is None or isinstance(seed, Tensor) else torch.tensor(seed)
         o, lse, _ = _operator(
-            q, k, v, dense, left, right, scale, bias, alibi, softcap or 0.0, sink, dropout, seed or 0, trains
+            q, k, v, dense, left, right, scale, bias, alibi, softcap or 0.0, sink, dropout, number, trains
         )
         return (o, lse) if return_lse else o
     listed = mask if interval is None else None
     if trains:
         apply: Any = _Attention.apply
-        o, lse = apply(q, k, v, bias, sink, alibi, listed, left, right, scale, softcap, dropout, seed or 0)
+        o, lse = apply(q, k, v, bias, sink, alibi, listed, left, right, scale, softcap, dropout, _number(seed))
         return (o, lse) if return_lse else o
     lse = _rows_of(q) if return_lse else None
-    o = _run(q, k, v, listed, left, right, scale, bias, alibi, softcap, sink, dropout, seed or 0, lse, None)
+    o = _run(q, k, v, listed, left, right, scale, bias, alibi, softcap, sink, dropout, _number(seed), lse, None)
     return o if lse is None else (o, lse)
 
 
@@ -123,13 +125,13 @@ def _operator(
     softcap: float,
     sink: Tensor | None,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, its log-sum-exp, and what float32 drops of that, for the backward pass alone."""
     mask = None if dense is None else explicit(dense)
     lse, rest = _rows_of(q), _rows_of(q) if trains else None
-    o = _run(q, k, v, mask, left, right, scale, bias, alibi, softcap or None, sink, dropout, seed, lse, rest)
+    o = _run(q, k, v, mask, left, right, scale, bias, alibi, softcap or None, sink, dropout, _number(seed), lse, rest)
     return o, lse, lse.new_empty(0) if rest is None else rest
 
 
@@ -147,7 +149,7 @@ def _shapes(
     softcap: float,
     sink: Tensor | None,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lse = _rows_of(q)
@@ -173,14 +175,14 @@ def _backward_operator(
     softcap: float,
     sink: Tensor | None,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     wanted: list[bool],
 ) -> list[Tensor]:
     """Gradients of q, k, v, bias, sink and alibi; an empty tensor for each that is not wanted."""
     mask = None if dense is None else explicit(dense)
     gradients = _run_backward(
         q, k, v, o, lse, rest, d_o, d_lse, mask, left, right, scale, bias, alibi, softcap or None, sink,
-        dropout, seed, wanted,
+        dropout, _number(seed), wanted,
     )  # fmt: skip
     return [q.new_empty(0) if x is None else x for x in gradients]
 
@@ -204,7 +206,7 @@ def _backward_shapes(
     softcap: float,
     sink: Tensor | None,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     wanted: list[bool],
 ) -> list[Tensor]:
     pairs = zip((q, k, v, bias, sink, alibi), wanted, strict=True)
@@ -212,17 +214,17 @@ def _backward_shapes(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, dense, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink, ctx.dropout, ctx.seed, _ = inputs
-    ctx.save_for_backward(q, k, v, *output, dense, bias, alibi, sink)
+    q, k, v, dense, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink, ctx.dropout, seed, _ = inputs
+    ctx.save_for_backward(q, k, v, *output, dense, bias, alibi, sink, seed)
 
 
 def _backward(ctx: Any, d_o: Tensor, d_lse: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, o, lse, rest, dense, bias, alibi, sink = ctx.saved_tensors
+    q, k, v, o, lse, rest, dense, bias, alibi, sink, seed = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wanted = [needs[0], needs[1], needs[2], needs[7], needs[10], needs[8]]
     found = torch.ops.attnkit.softmax_backward(
         q, k, v, o, lse, rest, d_o, d_lse, dense, ctx.left, ctx.right, ctx.scale, bias, alibi, ctx.softcap, sink,
-        ctx.dropout, ctx.seed, wanted,
+        ctx.dropout, seed, wanted,
     )  # fmt: skip
     d_q, d_k, d_v, d_bias, d_sink, d_alibi = (x if want else None for x, want in zip(found, wanted, strict=True))
     return d_q, d_k, d_v, None, None, None, None, d_bias, d_alibi, None, d_sink, None, None, None
@@ -262,6 +264,10 @@ def _run(
     call = packed(q, k, v, o, lse, rest, blocks, left, right, scale, bias, alibi, softcap, sink, kernel, dropout, seed)
     native.run("softmax_forward", call)
     return o
+
+
+def _number(seed: int | Tensor | None) -> int:
+    return 0 if seed is None else int(seed)
 
 
 def _rows_of(q: Tensor) -> Tensor:

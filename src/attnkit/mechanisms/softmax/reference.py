@@ -25,7 +25,7 @@ def forward(
     softcap: float | None,
     sink: Tensor | None,
     dropout: float,
-    seed: int | None,
+    seed: int | Tensor | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     (b, h, m, d), (g, n, e) = q.shape, v.shape[1:]
@@ -85,7 +85,7 @@ def _values(weights: Tensor, keep: Tensor | None, v: Tensor) -> Tensor:
     return torch.where(meets(v.isnan()) | (above & below), torch.nan, o)
 
 
-def dropout_keep(seed: int, b: int, h: int, m: int, n: int, dropout: float, device: torch.device) -> Tensor:
+def dropout_keep(seed: int | Tensor, b: int, h: int, m: int, n: int, dropout: float, device: torch.device) -> Tensor:
     """Which weights survive, bool ``(b, h, m, n)``, by where their pair stands."""
     queries, keys = torch.arange(n - m, n, device=device), torch.arange(n, device=device)
     return bits(seed, b, h, queries, keys, DROP_BITS) >= drop_below(dropout)
