@@ -8,16 +8,19 @@
 //
 // With four query rows of 64 or 128 numbers a Zen 4 core is kept as busy by the arithmetic as by reading bfloat16. So with
 // dot products of bfloat16 the values of two keys are multiplied at a time, by weights rounded to bfloat16 as prefill
-// rounds them, and rows of the two common sizes have loops of their own.
+// rounds them, and rows of the two common sizes have loops of their own. From kManyRows rows on a KV head is a matrix
+// product (many.h), over the same ranges.
 
 // Short enough to keep two threads busy from 2,000 keys on with one KV head, long enough that merging costs nothing.
 constexpr int64_t kSplitKeys = 512;
 constexpr int64_t kMostSplits = 64;
 constexpr int64_t kScoreRow = kWalkKeys + kWidth;  // room for the last chunk of keys to run over
+constexpr int64_t kManyRows = 24;
 
 // Products of query and key rows, a vector of the row at a time.
 template <class T>
 struct RowProduct {
+  using Math = Float32Math;
   using Query = float;
   using Weight = float;
   static constexpr int64_t kNumbers = kWidth;
@@ -36,6 +39,7 @@ struct RowProduct {
 #if defined(ATTNKIT_BF16_DOT)
 template <>
 struct RowProduct<BFloat16> {
+  using Math = BFloat16Math;
   using Query = uint32_t;
   using Weight = BFloat16;
   static constexpr int64_t kNumbers = 2 * kWidth;
@@ -77,6 +81,8 @@ class Decode {
   using Product = RowProduct<Number>;
   using Query = typename Product::Query;
   using Weight = typename Product::Weight;
+  using Many = ManyRows<typename Product::Math>;
+  static constexpr bool kMany = !Store::kConverts && !Store::kMultiplies;
 
  public:
   Decode(const attnkit_softmax& call, const Store& store)
@@ -85,6 +91,9 @@ class Decode {
         // Heads that see different blocks cannot share a walk over them.
         heads_(call.mask_heads == 1 ? call.h / call.g : 1),
         rows_(heads_ * call.m),
+        many_(call),
+        together_(kMany && rows_ >= kManyRows),
+        padded_(together_ ? round_up(rows_, kRows) : rows_),
         query_vectors_(ceil_div(call.d, Product::kNumbers)),
         value_columns_(round_up(call.e, kWidth)),
         splits_(most_splits()),
@@ -119,30 +128,30 @@ class Decode {
     Query* queries;   // rows_ of query_vectors_ vectors
     float* scores;    // rows_ of kScoreRow
     float* weights;   // rows_ of kScoreRow, or of as many narrower numbers at their start
-    float* sums;      // rows_ of value_columns_, not yet divided by the totals
-    float* totals;    // rows_ of one vector
-    float* tops;      // rows_
+    RowSums rows;
     uint64_t* words;  // one per query
     Number* numbers;  // of a converted tile
     typename Store::Memory store;
+    typename Many::Memory many;
     Work(const Decode& d, char* memory)
         : queries(reinterpret_cast<Query*>(memory)),
-          scores(reinterpret_cast<float*>(queries + d.rows_ * d.query_vectors_ * kWidth)),
-          weights(scores + d.rows_ * kScoreRow),
-          sums(weights + d.rows_ * kScoreRow),
-          totals(sums + d.rows_ * d.value_columns_),
-          tops(totals + d.rows_ * kWidth),
-          words(reinterpret_cast<uint64_t*>(tops + round_up(d.rows_, 2))),
+          scores(reinterpret_cast<float*>(queries + d.padded_ * d.query_vectors_ * kWidth)),
+          weights(scores + d.score_floats()),
+          rows(weights + d.score_floats(), d.padded_, d.value_columns_),
+          words(reinterpret_cast<uint64_t*>(rows.tops + round_up(d.padded_, 2))),
           numbers(reinterpret_cast<Number*>(words + round_up(d.s_.m, 8))),
-          store(d.store_, numbers) {}
+          store(d.store_, numbers),
+          many(d.many_, reinterpret_cast<char*>(numbers)) {}
   };
 
   int64_t work_bytes() const {
-    return round_up(4 * rows_ * (query_vectors_ * kWidth + 2 * kScoreRow + value_columns_ + kWidth) +
-                        4 * round_up(rows_, 2) + 8 * round_up(s_.m, 8) +
-                        store_.tile_numbers() * static_cast<int64_t>(sizeof(Number)),
+    return round_up(4 * padded_ * (query_vectors_ * kWidth + value_columns_ + kWidth) + 8 * score_floats() +
+                        4 * round_up(padded_, 2) + 8 * round_up(s_.m, 8) +
+                        store_.tile_numbers() * static_cast<int64_t>(sizeof(Number)) + (together_ ? many_.bytes() : 0),
                     64);
   }
+  // Many rows have neither scores nor weights of their own.
+  int64_t score_floats() const { return together_ ? 0 : rows_ * kScoreRow; }
   int64_t most_splits() const {
     int64_t found = 0;
     for (int64_t batch = 0; batch < s_.b; ++batch) found = most(found, Sequence(s_, store_.length(batch)).splits);
@@ -165,19 +174,89 @@ class Decode {
           Product::store_query(w.queries + (r * query_vectors_ + j) * kWidth, q + j * Product::kNumbers,
                                static_cast<int>(least(Product::kNumbers, s_.d - j * Product::kNumbers)));
       }
-      w.tops[r] = -kInfinity;
+      w.rows.tops[r] = -kInfinity;
     }
-    for (int64_t j = 0; j < rows_ * value_columns_; ++j) w.sums[j] = 0.0f;
-    for (int64_t j = 0; j < rows_ * kWidth; ++j) w.totals[j] = 0.0f;
+    for (int64_t r = rows_; r < padded_; ++r) {
+      for (int64_t j = 0; j < query_vectors_ * kWidth; ++j) w.queries[r * query_vectors_ * kWidth + j] = 0;
+      w.rows.tops[r] = 0.0f;
+    }
+    for (int64_t j = 0; j < padded_ * value_columns_; ++j) w.rows.sums[j] = 0.0f;
+    for (int64_t j = 0; j < padded_ * kWidth; ++j) w.rows.totals[j] = 0.0f;
 
     const int64_t start = (sequence.first_split + split) * sequence.split_keys;
     const Range keys = {most(sequence.keys.begin, start), least(sequence.keys.end, start + sequence.split_keys)};
     const KeyBlocks blocks(sequence.s, batch, head, 0, keys);
+    if constexpr (kMany)
+      if (together_) return attend_together(w, sequence, batch, head, blocks);
     for (int64_t entry = blocks.entry; entry < blocks.entry_end; ++entry) {
       // What follows an interval's range is most likely this thread's next one.
       const bool known = entry + 1 < blocks.entry_end || !s_.offsets;
       attend_block(w, sequence, batch, head, blocks.key_block(entry), blocks.words(entry),
                    known ? blocks.key_block(entry + 1) * kBlockKeys : sequence.s.n);
+    }
+  }
+
+  // All rows over a few blocks at a time, while the rows of those that follow are fetched.
+  void attend_together(const Work& w, const Sequence& sequence, int64_t batch, int64_t head,
+                       const KeyBlocks& blocks) const {
+    const attnkit_softmax& s = sequence.s;
+    for (int64_t entry = blocks.entry; entry < blocks.entry_end;) {
+      typename Many::Stretch stretch;
+      for (; entry < blocks.entry_end && stretch.count < Many::kBlocks; ++entry) {
+        uint64_t any = 0, every = kAll;
+        for (int64_t i = 0; i < s.m; ++i) {
+          const uint64_t word = visible_word(s, i, blocks.key_block(entry), blocks.words(entry));
+          any |= word, every &= word;
+          many_.words(w.many, stretch.count)[i] = word;
+        }
+        if (any == 0) continue;
+        stretch.key[stretch.count] = blocks.key_block(entry) * kBlockKeys;
+        stretch.partial[stretch.count] = every != kAll;
+        pack_block(w, s, batch, head, stretch.key[stretch.count], any, stretch.count);
+        ++stretch.count;
+      }
+      Coming coming(entry, s_.offsets ? blocks.entry_end : ceil_div(s.n, kBlockKeys));
+      // Little by little: all in one go would fill the core's buffers for misses and stall it.
+      const int64_t at_once = ceil_div(Many::kKeys * kRows, padded_ * many_.steps());
+      for (int64_t r = 0; stretch.count > 0 && r < rows_; r += kRows)
+        many_.attend(w.many, stretch, sequence.logits, w.queries + r * query_vectors_ * kWidth, query_vectors_ * kWidth,
+                     w.rows, batch, head, r, least<int64_t>(kRows, rows_ - r),
+                     [&] { fetch(coming, w, s, batch, head, blocks, at_once); });
+    }
+  }
+
+  // Keys outside of what some query sees are not even read.
+  void pack_block(const Work& w, const attnkit_softmax& s, int64_t batch, int64_t head, int64_t key, uint64_t any,
+                  int block) const {
+    const int64_t begin = __builtin_ctzll(any), end = kBlockKeys - __builtin_clzll(any);
+    Tile<Rows> tile[kBlockKeys / kWalkKeys];
+    for (int64_t first = 0; first < kBlockKeys; first += kWalkKeys) {
+      const int64_t from = most(begin - first, int64_t{0}), to = least(end - first, kWalkKeys);
+      if (from < to) store_.open(tile[first / kWalkKeys], w.numbers, batch, head / (s.h / s.g), key + first, from, to, s.n, s.n);
+    }
+    const auto inside = [&](int64_t i) { return i >= begin && i < end; };
+    many_.pack(
+        w.many, block, [&](int64_t i) { return inside(i) ? tile[i / kWalkKeys].keys[i % kWalkKeys] : nullptr; },
+        [&](int64_t i) { return inside(i) ? tile[i / kWalkKeys].values[i % kWalkKeys] : nullptr; });
+  }
+
+  // Keys that are packed next, and most likely by this thread.
+  struct Coming {
+    int64_t entry, entry_end, row = 0;
+    Tile<Rows> tile;
+    Coming(int64_t from, int64_t to) : entry(from), entry_end(to) {}
+  };
+  void fetch(Coming& coming, const Work& w, const attnkit_softmax& s, int64_t batch, int64_t head,
+             const KeyBlocks& blocks, int64_t rows) const {
+    for (const int64_t stop = least(coming.row + rows, Many::kKeys); coming.row < stop; ++coming.row) {
+      const int64_t entry = coming.entry + coming.row / kBlockKeys, i = coming.row % kWalkKeys;
+      if (entry >= coming.entry_end) return;
+      const int64_t first = blocks.key_block(entry) * kBlockKeys + coming.row % kBlockKeys - i, left = s.n - first;
+      if (i >= left) continue;
+      if (i == 0)
+        store_.open(coming.tile, w.numbers, batch, head / (s.h / s.g), first, 0, least(left, kWalkKeys), s.n, s.n);
+      prefetch_row(coming.tile.keys[i], s.d);
+      prefetch_row(coming.tile.values[i], s.e);
     }
   }
 
@@ -214,7 +293,7 @@ class Decode {
       weigh_codes<rows.count>(w, sequence.logits, tile, batch, head, block, first, r);
     });
     in_rows([&](auto rows, int64_t r) {
-      store_.template add_values<rows.count>(w.store, tile, w.sums + r * value_columns_, value_columns_, begin, end, r);
+      store_.template add_values<rows.count>(w.store, tile, w.rows.sums + r * value_columns_, value_columns_, begin, end, r);
     });
   }
 
@@ -247,22 +326,22 @@ class Decode {
         counts[i][j] = bits_unequal(x[i][j], -kInfinity);
         peak[i] = max(peak[i], x[i][j]);
       }
-      rises |= any_above(peak[i] * factor, w.tops[r + i] + kLateRescale);
+      rises |= any_above(peak[i] * factor, w.rows.tops[r + i] + kLateRescale);
     }
     if (rises)
-      for (int i = 0; i < kCount; ++i) raise(w, r + i, peak[i], logits.exponent);
+      for (int i = 0; i < kCount; ++i) w.rows.raise(r + i, peak[i], logits.exponent);
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) {
-      const float top = w.tops[r + i];
+      const float top = w.rows.tops[r + i];
       const Vec shift = splat(top == -kInfinity ? 0.0f : -top);
-      Vec total = load(w.totals + (r + i) * kWidth);
+      Vec total = load(w.rows.totals + (r + i) * kWidth);
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) {
         x[i][j] = exp2<5>(fma(x[i][j], factor, shift));
         total = total + x[i][j];
         if constexpr (Store::kScales) x[i][j] = x[i][j] * load(tile.value_scale + j * kWidth);
       }
-      store(w.totals + (r + i) * kWidth, total);
+      store(w.rows.totals + (r + i) * kWidth, total);
     }
     store_.template take_weights<kCount>(w.store, x, counts, r);
   }
@@ -384,9 +463,9 @@ class Decode {
       peak = max(peak, x);
     }
     const Vec factor = splat(logits.exponent);
-    float* totals = w.totals + r * kWidth;
-    if (any_above(peak * factor, w.tops[r] + kLateRescale)) raise(w, r, peak, logits.exponent);
-    const float top = w.tops[r];
+    float* totals = w.rows.totals + r * kWidth;
+    if (any_above(peak * factor, w.rows.tops[r] + kLateRescale)) w.rows.raise(r, peak, logits.exponent);
+    const float top = w.rows.tops[r];
     const Vec shift = splat(top == -kInfinity ? 0.0f : -top);
     Vec total = load(totals);
     for (int64_t c = from; c < to; c += kWidth) {
@@ -396,18 +475,6 @@ class Decode {
       Product::store_weights(reinterpret_cast<Weight*>(weights) + c, weight);
     }
     store(totals, total);
-  }
-
-  // Moves the reference of a row to the largest of `peak`, where that is far above it.
-  void raise(const Work& w, int64_t r, Vec peak, float exponent) const {
-    const float top = w.tops[r], risen = largest(peak) * exponent;
-    if (!(risen > top + kLateRescale)) return;
-    w.tops[r] = risen;
-    if (top == -kInfinity) return;
-    const Vec shrink = splat(__builtin_exp2f(top - risen));
-    float *sums = w.sums + r * value_columns_, *totals = w.totals + r * kWidth;
-    for (int64_t c = 0; c < value_columns_; c += kWidth) store(sums + c, load(sums + c) * shrink);
-    store(totals, load(totals) * shrink);
   }
 
   // Adds the values of keys [begin, end), and fetches as many keys of `next`, if it is given.
@@ -428,7 +495,7 @@ class Decode {
   template <int kCount, int kVectors>
   void add_strip(const Work& w, const Rows& values, int64_t begin, int64_t end, int64_t r, int64_t column,
                  int64_t last, const Rows* next) const {
-    float* sums = w.sums + r * value_columns_ + column;
+    float* sums = w.rows.sums + r * value_columns_ + column;
     Vec acc[kCount][kVectors];
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i)
@@ -511,9 +578,9 @@ class Decode {
   void keep(const Work& w, float* parts, int64_t batch, int64_t head, int64_t split) const {
     for (int64_t r = 0; r < rows_; ++r) {
       float* to = part(parts, batch, head + r / s_.m, r % s_.m, split);
-      for (int64_t c = 0; c < value_columns_; c += kWidth) store(to + c, load(w.sums + r * value_columns_ + c));
-      to[value_columns_] = w.tops[r];
-      to[value_columns_ + 1] = sum(load(w.totals + r * kWidth));
+      for (int64_t c = 0; c < value_columns_; c += kWidth) store(to + c, load(w.rows.sums + r * value_columns_ + c));
+      to[value_columns_] = w.rows.tops[r];
+      to[value_columns_ + 1] = sum(load(w.rows.totals + r * kWidth));
     }
   }
 
@@ -525,18 +592,18 @@ class Decode {
     for (int64_t split = 0; split < splits; ++split)
       top = most(top, part(parts, batch, head, i, split)[value_columns_]);
     const float reference = top == -kInfinity ? 0.0f : top;
-    for (int64_t c = 0; c < value_columns_; ++c) w.sums[c] = 0.0f;
+    for (int64_t c = 0; c < value_columns_; ++c) w.rows.sums[c] = 0.0f;
     for (int64_t split = 0; split < splits; ++split) {
       const float* from = part(parts, batch, head, i, split);
       const float factor = __builtin_exp2f(from[value_columns_] - reference);
       total += factor * from[value_columns_ + 1];
       for (int64_t c = 0; c < value_columns_; c += kWidth)
-        store(w.sums + c, fma(splat(factor), load(from + c), load(w.sums + c)));
+        store(w.rows.sums + c, fma(splat(factor), load(from + c), load(w.rows.sums + c)));
     }
     const RowEnd end(top, total, s_.sink ? s_.sink + head : nullptr);
     Asked* o = static_cast<Asked*>(s_.o) + batch * s_.o_b + head * s_.o_h + i * s_.o_m;
     for (int64_t c = 0; c < s_.e; c += kWidth)
-      store_some(o + c, load(w.sums + c) * splat(end.factor), least<int64_t>(kWidth, s_.e - c));
+      store_some(o + c, load(w.rows.sums + c) * splat(end.factor), least<int64_t>(kWidth, s_.e - c));
     end.keep(s_, row);
   }
 
@@ -544,6 +611,9 @@ class Decode {
   const Store store_;
   const int64_t heads_;          // query heads that share a walk over the keys
   const int64_t rows_;           // heads_ * m
+  const Many many_;
+  const bool together_;          // rows are worked off by many_
+  const int64_t padded_;         // rows there is memory for
   const int64_t query_vectors_;
   const int64_t value_columns_;  // of one row of sums, whole vectors
   const int64_t splits_;         // of the sequence with most ranges

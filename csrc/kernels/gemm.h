@@ -143,6 +143,27 @@ ATTNKIT_NOINLINE void product_and_peaks(const typename Math::Element* a, int64_t
   }
 }
 
+// Weights 2^(score * factor + shift) of kCount rows, whose columns [begin, end) are whole vectors of weights; adds them to
+// the totals, and then writes f(row, column, weights) of each vector.
+template <class Math, int kCount, class F>
+ATTNKIT_INLINE void weigh_columns(const float* scores, int64_t score_row, typename Math::Element* weights,
+                                  int64_t weight_row, int64_t begin, int64_t end, Vec factor, const Vec (&shift)[kCount],
+                                  Vec (&total)[kCount], F f) {
+  for (int64_t c = begin; c < end; c += kWidth * Math::kExpVectors) {
+#pragma GCC unroll 6
+    for (int i = 0; i < kCount; ++i) {
+      Vec x[Math::kExpVectors];
+#pragma GCC unroll 2
+      for (int j = 0; j < Math::kExpVectors; ++j) {
+        x[j] = exp2<Math::kExpDegree>(fma(load(scores + i * score_row + c + j * kWidth), factor, shift[i]));
+        total[i] = total[i] + x[j];
+        x[j] = f(i, c + j * kWidth, x[j]);
+      }
+      Math::store_weights(weights + i * weight_row + c / Math::kNumbers, x);
+    }
+  }
+}
+
 // Calls f with a strip's number of vectors as a constant.
 template <int kCount>
 struct Vectors {

@@ -51,62 +51,104 @@ ATTNKIT_INLINE Vec load_steps(const T* row, int64_t at, int64_t d) {
     return load_some(row + at, d - at);
 }
 
-template <class Math, class T>
-void pack_key_block(const attnkit_softmax& s, const T* keys, const PackedSizes<Math>& sizes, int64_t block,
-                    typename Math::Element* out) {
-  float* to = reinterpret_cast<float*>(out) + block * kBlockKeys * sizes.key_steps;
+// Keys of one block of 64: at(i) is row i of them, or null where zeros stand for it.
+template <class Math, class Rows>
+ATTNKIT_INLINE void pack_key_rows(int64_t d, int64_t key_steps, Rows at, typename Math::Element* out) {
   for (int64_t first = 0; first < kBlockKeys; first += kWidth) {
-    float* strip = to + first / kStrip * kStrip * sizes.key_steps + first % kStrip;
-    const int64_t key = block * kBlockKeys + first;
-    for (int64_t at = 0; at < sizes.key_steps; at += kWidth) {
+    float* strip = reinterpret_cast<float*>(out) + first / kStrip * kStrip * key_steps + first % kStrip;
+    decltype(at(0)) row[kWidth];
+    for (int i = 0; i < kWidth; ++i) row[i] = at(first + i);
+    for (int64_t step = 0; step < key_steps; step += kWidth) {
       Vec rows[kWidth];
 #pragma GCC unroll 16
-      for (int i = 0; i < kWidth; ++i)
-        rows[i] = key + i < s.n ? load_steps<Math>(keys + (key + i) * s.k_n, at, s.d) : zero();
+      for (int i = 0; i < kWidth; ++i) rows[i] = row[i] ? load_steps<Math>(row[i], step, d) : zero();
       transpose(rows);
-      const int64_t steps = least<int64_t>(kWidth, sizes.key_steps - at);
-      for (int64_t i = 0; i < steps; ++i) store(strip + (at + i) * kStrip, rows[i]);
+      const int64_t steps = least<int64_t>(kWidth, key_steps - step);
+      for (int64_t i = 0; i < steps; ++i) store(strip + (step + i) * kStrip, rows[i]);
     }
   }
 }
 
-// One vector of columns of the step that starts at `key`; adds 0 times the values to `check`.
 template <class Math, class T>
-ATTNKIT_INLINE void pack_values(const attnkit_softmax& s, const T* values, int64_t key, int64_t column,
-                                typename Math::Element* to, Vec& check) {
-  const T* row = values + key * s.v_n + column;
-  const int count = static_cast<int>(least<int64_t>(kWidth, s.e - column));
+void pack_key_block(const attnkit_softmax& s, const T* keys, const PackedSizes<Math>& sizes, int64_t block,
+                    typename Math::Element* out) {
+  const int64_t first = block * kBlockKeys;
+  pack_key_rows<Math>(
+      s.d, sizes.key_steps, [&](int64_t i) { return first + i < s.n ? keys + (first + i) * s.k_n : nullptr; },
+      out + first * sizes.key_steps);
+}
+
+// One vector of columns of a step: of one key's values, or of two whose second may be missing; adds 0 times the values to
+// `check`. Null stands for zeros.
+template <class Math, class T>
+ATTNKIT_INLINE void pack_step(const T* even_row, [[maybe_unused]] const T* odd_row, int count, typename Math::Element* to,
+                              Vec& check) {
 #if defined(ATTNKIT_BF16_DOT)
   if constexpr (Math::kNumbers == 2) {
-    const __m256i even = key < s.n ? load_halves_some(row, count) : _mm256_setzero_si256();
-    const __m256i odd = key + 1 < s.n ? load_halves_some(row + s.v_n, count) : _mm256_setzero_si256();
+    const __m256i even = even_row ? load_halves_some(even_row, count) : _mm256_setzero_si256();
+    const __m256i odd = odd_row ? load_halves_some(odd_row, count) : _mm256_setzero_si256();
     _mm512_storeu_si512(to, zip_halves(even, odd));
     check = fma(widen_bf16(even), zero(), check);
     check = fma(widen_bf16(odd), zero(), check);
   } else
 #endif
   {
-    const Vec x = key < s.n ? load_some(row, count) : zero();
+    const Vec x = even_row ? load_some(even_row, count) : zero();
     store(reinterpret_cast<float*>(to), x);
     check = fma(x, zero(), check);
   }
 }
 
-// Values of one key block; returns whether one of them is a NaN or an infinity.
+// The same of the step that starts at `key`.
 template <class Math, class T>
-bool pack_value_block(const attnkit_softmax& s, const T* values, const PackedSizes<Math>& sizes, int64_t block,
-                      typename Math::Element* out) {
+ATTNKIT_INLINE void pack_values(const attnkit_softmax& s, const T* values, int64_t key, int64_t column,
+                                typename Math::Element* to, Vec& check) {
+  const T* row = values + key * s.v_n + column;
+  pack_step<Math>(key < s.n ? row : nullptr, key + 1 < s.n ? row + s.v_n : nullptr,
+                  static_cast<int>(least<int64_t>(kWidth, s.e - column)), to, check);
+}
+
+// Values of one block of 64 keys, at(i) as above; `out` is that of the block in the first strip. Returns whether one of them
+// is a NaN or an infinity.
+template <class Math, class Rows>
+ATTNKIT_INLINE bool pack_value_rows(int64_t e, const PackedSizes<Math>& sizes, int64_t block, Rows at,
+                                    typename Math::Element* out) {
   Vec check = zero();
-  for (int64_t key = block * kBlockKeys; key < (block + 1) * kBlockKeys; key += Math::kNumbers) {
+  for (int64_t i = 0; i < kBlockKeys; i += Math::kNumbers) {
+    const auto even = at(i), odd = Math::kNumbers == 2 ? at(i + 1) : even;
     for (int64_t vector = 0; vector < sizes.value_vectors; vector += kStripVectors) {
       const int64_t vectors = least<int64_t>(kStripVectors, sizes.value_vectors - vector);
-      typename Math::Element* to =
-          out + vector * kWidth * sizes.value_steps + key / Math::kNumbers * vectors * kWidth;
-      for (int64_t j = 0; j < vectors; ++j)
-        pack_values<Math>(s, values, key, (vector + j) * kWidth, to + j * kWidth, check);
+      typename Math::Element* to = out + vector * kWidth * sizes.value_steps +
+                                   (block * kBlockKeys + i) / Math::kNumbers * vectors * kWidth;
+      for (int64_t j = 0; j < vectors; ++j) {
+        const int64_t column = (vector + j) * kWidth;
+        pack_step<Math>(even ? even + column : even, odd ? odd + column : odd,
+                        static_cast<int>(least<int64_t>(kWidth, e - column)), to + j * kWidth, check);
+      }
     }
   }
   return bits_unequal(check, 0.0f) != 0;
+}
+
+template <class Math, class T>
+bool pack_value_block(const attnkit_softmax& s, const T* values, const PackedSizes<Math>& sizes, int64_t block,
+                      typename Math::Element* out) {
+  const int64_t first = block * kBlockKeys;
+  return pack_value_rows<Math>(
+      s.e, sizes, block, [&](int64_t i) { return first + i < s.n ? values + (first + i) * s.v_n : nullptr; }, out);
+}
+
+// Adds `weight` times the packed values of one key to the sums of a row.
+template <class Math>
+void add_packed_values(const PackedSizes<Math>& sizes, const typename Math::Element* values, int64_t key, Vec weight,
+                       float* sums) {
+  for (int64_t vector = 0; vector < sizes.value_vectors; ++vector, sums += kWidth) {
+    const int64_t strip = vector / kStripVectors * kStripVectors;
+    const int64_t vectors = least<int64_t>(kStripVectors, sizes.value_vectors - strip);
+    const typename Math::Element* step =
+        values + strip * kWidth * sizes.value_steps + (key / Math::kNumbers * vectors + vector - strip) * kWidth;
+    store(sums, fma(weight, Math::values_of(step, key), load(sums)));
+  }
 }
 
 // Query rows of one block, row-major in steps; rows past the end are zeros.

@@ -406,20 +406,11 @@ class Prefill {
       }
       for (int span = 0; span < seen.spans; ++span) {
         const Range r = whole_vectors(seen.span[span]);
-        for (int64_t c = r.begin; c < r.end; c += kVectorKeys) {
-#pragma GCC unroll 6
-          for (int i = 0; i < kWeighRows; ++i) {
-            Vec x[Math::kExpVectors];
-#pragma GCC unroll 2
-            for (int j = 0; j < Math::kExpVectors; ++j) {
-              x[j] = exp2<Math::kExpDegree>(fma(load(scores + i * kTileKeys + c + j * kWidth), factor, shift[i]));
-              total[i] = total[i] + x[j];
-              if constexpr (kDrops)
-                x[j] = select(dropout_.kept(chance[i], seen.shift[span] + c + j * kWidth), x[j], 0.0f);
-            }
-            Math::store_weights(weights + i * kWeightStep + c / Math::kNumbers, x);
-          }
-        }
+        weigh_columns<Math>(scores, kTileKeys, weights, kWeightStep, r.begin, r.end, factor, shift, total,
+                            [&](int i, int64_t c, Vec x) __attribute__((always_inline)) {
+                              if constexpr (kDrops) return select(dropout_.kept(chance[i], seen.shift[span] + c), x, 0.0f);
+                              else return x;
+                            });
       }
 #pragma GCC unroll 6
       for (int i = 0; i < kWeighRows; ++i) store(totals + i * kWidth, total[i]);
@@ -452,16 +443,8 @@ class Prefill {
       for (int span = 0; span < seen.spans; ++span) {
         for (int64_t c = seen.span[span].begin; c < seen.span[span].end; ++c) {
           if (w.scores[row % kRows * kTileKeys + c] == -kInfinity) continue;
-          const int64_t key = seen.shift[span] - kv.first * kBlockKeys + c;
-          const Vec weight = splat(Math::weight(weights, c));
-          for (int64_t vector = 0; vector < sizes_.value_vectors; ++vector) {
-            const int64_t strip = vector / kStripVectors * kStripVectors;
-            const int64_t vectors = least<int64_t>(kStripVectors, sizes_.value_vectors - strip);
-            const Element* step = kv.values + strip * kWidth * sizes_.value_steps +
-                                  (key / Math::kNumbers * vectors + vector - strip) * kWidth;
-            float* sums = w.sums + row * value_columns_ + vector * kWidth;
-            store(sums, fma(weight, Math::values_of(step, key), load(sums)));
-          }
+          add_packed_values(sizes_, kv.values, seen.shift[span] - kv.first * kBlockKeys + c, splat(Math::weight(weights, c)),
+                            w.sums + row * value_columns_);
         }
       }
     }

@@ -20,19 +20,12 @@ struct EvenRows {
   ATTNKIT_INLINE const T* operator[](int64_t i) const { return first + i * stride; }
 };
 
-// The same on pages that end within a tile. Those that were not asked for repeat the nearest that was.
+// The same on pages that end within a tile. Those that were not asked for lie on a page of one that was, or repeat the
+// nearest that was.
 template <class T>
 struct ListedRows {
   const T* row[kWalkKeys];
   ATTNKIT_INLINE const T* operator[](int64_t i) const { return row[i]; }
-};
-
-// The same on pages of which one holds at least half a tile.
-template <class T>
-struct HalvedRows {
-  const T* half[2];
-  int64_t stride;
-  ATTNKIT_INLINE const T* operator[](int64_t i) const { return half[i >= kHalfTile] + (i >= kHalfTile ? i - kHalfTile : i) * stride; }
 };
 
 // Keys [begin, end) of the 32 that start at a multiple of 32.
@@ -54,16 +47,22 @@ struct RowPlaces {
   int64_t page, page_stride;
 
   ATTNKIT_INLINE const T* at(int64_t token) const {
-    return pages ? base + pages[token / page] * page_stride + token % page * stride : base + token * stride;
+    if (!pages) return base + token * stride;
+    // A division takes as long as the products of a row, and almost every pool has pages of a power of two.
+    const bool power = (page & (page - 1)) == 0;
+    const int64_t number = power ? token >> __builtin_ctzll(page) : token / page;
+    return base + pages[number] * page_stride + (token - number * page) * stride;
   }
   // Tokens [first + begin, first + end) as rows [begin, end) of a tile.
   ATTNKIT_INLINE void find(EvenRows<T>& to, int64_t first, int64_t, int64_t) const { to = {at(first), stride}; }
-  ATTNKIT_INLINE void find(HalvedRows<T>& to, int64_t first, int64_t begin, int64_t end) const {
-    to.stride = stride;
-    to.half[0] = at(first + (begin < kHalfTile ? 0 : kHalfTile));
-    to.half[1] = end > kHalfTile ? at(first + kHalfTile) : to.half[0];
-  }
   ATTNKIT_INLINE void find(ListedRows<T>& to, int64_t first, int64_t begin, int64_t end) const {
+    if (page % kHalfTile == 0) {
+      const T* half = at(first + (begin < kHalfTile ? 0 : kHalfTile));
+      for (int64_t i = 0; i < kHalfTile; ++i) to.row[i] = half + i * stride;
+      if (end > kHalfTile) half = at(first + kHalfTile);
+      for (int64_t i = 0; i < kHalfTile; ++i) to.row[kHalfTile + i] = half + i * stride;
+      return;
+    }
     for (int64_t i = begin; i < end;) {
       const int64_t slot = (first + i) % page, stop = least(end, i + page - slot);
       const T* row = base + pages[(first + i) / page] * page_stride + slot * stride;

@@ -7,10 +7,13 @@ namespace {
 
 // clang-format off: the order matters
 #include "../kernels/simd.h"
+#include "../kernels/gemm.h"
 #include "../kernels/visible.h"
 #include "../kernels/logits.h"
 #include "../kernels/threads.h"
+#include "../kernels/pack.h"
 #include "../kernels/stores.h"
+#include "../kernels/many.h"
 #include "../kernels/decode.h"
 #include "../kernels/codes.h"
 #include "../kernels/nibbles.h"
@@ -40,8 +43,7 @@ auto with_store(const attnkit_cache& c, F f) {
     case ATTNKIT_FP8: return f(Scaled<Fp8, T>(c));
     case ATTNKIT_INT4: return f(Grouped<T>(c));
     default:
-      if (c.pages && c.page % kHalfTile != 0) return f(Plain<T, ListedRows<T>>(c));
-      if (c.pages && c.page % kWalkKeys != 0) return f(Plain<T, HalvedRows<T>>(c));
+      if (c.pages && c.page % kWalkKeys != 0) return f(Plain<T, ListedRows<T>>(c));
       return f(Plain<T, EvenRows<T>>(c));
   }
 }

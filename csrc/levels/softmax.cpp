@@ -15,6 +15,7 @@ namespace {
 #include "../kernels/pack.h"
 #include "../kernels/prefill.h"
 #include "../kernels/stores.h"
+#include "../kernels/many.h"
 #include "../kernels/decode.h"
 #include "../kernels/backward.h"
 // clang-format on

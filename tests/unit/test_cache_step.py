@@ -81,12 +81,13 @@ def test_features_count(codec: Any, settings: dict[str, Any]) -> None:
 @needs_library
 @pytest.mark.parametrize("page", [1, 7, 16, 64])
 @pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
-def test_pages_have_the_bits_of_one_buffer(page: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("queries", [3, 17])  # a row at a time, and as a matrix product
+def test_pages_have_the_bits_of_one_buffer(page: int, dtype: torch.dtype, queries: int) -> None:
     pool = PagePool(1200 // page * 2 + 9, page, 2, 64, dtype=dtype)
     pool._free[:] = [pool._free[i] for i in torch.randperm(pool.free).tolist()]
     pool.k.fill_(torch.nan)  # pages of nobody, and slots behind the last token, must not be read
     pool.v.fill_(torch.nan)
-    state, q = paged(pool, [1100, 1100]), tokens(3, 2, 4, 3, 64, dtype)
+    state, q = paged(pool, [1100, 1100]), tokens(3, 2, 4, queries, 64, dtype)
     found = attnkit.softmax_attention_step(q, state, backend="cpu")
     assert found.isfinite().all()
     assert found.equal(attnkit.softmax_attention_step(q, filled(None, 1100, dtype=dtype), backend="cpu"))
@@ -96,7 +97,7 @@ def test_pages_have_the_bits_of_one_buffer(page: int, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("level", native.STATUS.levels)
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
-@pytest.mark.parametrize("m", [1, 4])
+@pytest.mark.parametrize("m", [1, 7])  # 4 rows a KV head, one at a time, and 28 as a matrix product
 def test_repeats_have_the_bits_of_a_sequence_alone(
     level: str, codec: Any, dtype: torch.dtype, m: int, full: bool
 ) -> None:
