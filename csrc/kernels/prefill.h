@@ -183,27 +183,35 @@ class Prefill {
     to.odd_values[i] = pack_value_block<Math>(rest, values, sizes_, i, to.values);
   }
 
-  // One block of queries of the heads that share a KV head, those with the most keys first. `next` blocks on is what this
-  // thread most likely works on after it.
+  // One block of queries of the heads that share a KV head: those with the most keys first, and heads in turn, so that
+  // threads which do so too find the keys of their last block again. `next` tasks on is what this thread most likely works
+  // on after it.
   void block(const Work& w, char* memory, const Piece& piece, int64_t task, int64_t next) const {
-    if (task % piece_blocks_ >= piece.count) return;
+    if (task / ratio_ >= piece.count) return;
     const Pack kv = {Packed<Math>(memory, sizes_), piece.key_block};
-    const int64_t batch = piece.head / s_.g, head = piece.head % s_.g * ratio_ + task / piece_blocks_;
-    const int64_t query_block = piece.first + piece.count - 1 - task % piece_blocks_;
+    const int64_t batch = piece.head / s_.g, head = piece.head % s_.g * ratio_ + task % ratio_;
+    const int64_t query_block = block_of(piece, task);
     const int64_t first = query_block * kBlockQueries, end = least(first + kBlockQueries, s_.m);
+    const T* later = nullptr;
+    if ((task + next) / ratio_ < piece.count)
+      later = queries_at(batch, piece.head % s_.g * ratio_ + (task + next) % ratio_,
+                         block_of(piece, task + next) * kBlockQueries);
     // Rows whose keys are one tile share nothing but the key blocks: six at a time, their sums stay in the first cache.
     const int64_t count = narrow_ ? kRows : kBlockQueries;
     for (int64_t row = first; row < end; row += count)
-      rows(w, kv, {batch, head, row, least(count, end - row)}, query_block, query_block >= next ? next * kBlockQueries : 0);
+      rows(w, kv, {batch, head, row, least(count, end - row)}, query_block, later ? later + (row - first) * s_.q_m : nullptr);
+  }
+  int64_t block_of(const Piece& piece, int64_t task) const { return piece.first + piece.count - 1 - task / ratio_; }
+  const T* queries_at(int64_t batch, int64_t head, int64_t first) const {
+    return static_cast<const T*>(s_.q) + batch * s_.q_b + head * s_.q_h + first * s_.q_m;
   }
 
-  // Neighbouring queries over all they see; `next` rows before them are those that this thread works on later.
-  void rows(const Work& w, const Pack& kv, const Queries& queries, int64_t query_block, int64_t next) const {
+  // Neighbouring queries over all they see; `later` are as many that this thread works on in its next task, or null.
+  void rows(const Work& w, const Pack& kv, const Queries& queries, int64_t query_block, const T* later) const {
     const int64_t first = queries.first, padded = queries.groups() * kRows;
-    const T* q = static_cast<const T*>(s_.q) + queries.batch * s_.q_b + queries.head * s_.q_h + first * s_.q_m;
-    pack_queries<Math>(s_, q, queries.count, padded, query_steps_, w.queries);
-    if (next > 0)
-      for (int64_t i = 0; i < queries.count; ++i) prefetch_row(q + (i - next) * s_.q_m, s_.d);
+    pack_queries<Math>(s_, queries_at(queries.batch, queries.head, first), queries.count, padded, query_steps_, w.queries);
+    if (later)
+      for (int64_t i = 0; i < queries.count; ++i) prefetch_row(later + i * s_.q_m, s_.d);
     for (int64_t i = 0; i < padded * value_columns_; ++i) w.sums[i] = 0.0f;
     for (int64_t i = 0; i < padded * kWidth; ++i) w.totals[i] = 0.0f;
     for (int64_t i = 0; i < padded; ++i) w.tops[i] = i < queries.count ? -kInfinity : 0.0f;
