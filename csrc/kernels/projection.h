@@ -44,6 +44,9 @@ class Projection {
 
  private:
   static constexpr int kGroup = 4;
+  // Rows from one that is read to the one fetched meanwhile, into the second cache. A Zen 4 core, shared with others, read
+  // 19 GB/s of a model's weights so, 17 with 4 rows, 18 with 32, and 10 without.
+  static constexpr int64_t kAhead = 16;
   // Bytes of weights below which one thread is done sooner alone, on a Zen 4.
   static constexpr double kWorthTwo = 1 << 18;
 
@@ -69,7 +72,7 @@ class Projection {
       rows[i] = static_cast<const T*>(p_.w) + least(first + i, p_.n - 1) * p_.w_n;
       sums[i] = zero();
     }
-    const int64_t ahead = kGroup * p_.w_n;
+    const int64_t ahead = kAhead * p_.w_n;
     int64_t c = 0;
     for (; c + Step::kNumbers <= p_.d; c += Step::kNumbers) {
       const auto numbers = Step::read(x + c);
