@@ -92,7 +92,7 @@ class KVState:
 
     def store(self, k: Tensor, v: Tensor) -> None:
         """Store ``m`` new tokens, keys ``(b, g, m, d)`` and values ``(b, g, m, e)``."""
-        self._tokens.append(k=k, v=v)
+        self._tokens.store(k=k, v=v)
 
     def view(self) -> View:
         """All keys and values so far: slices of the buffers, or with a codec copies in the state's dtype."""
@@ -176,7 +176,7 @@ class CodedTokens:
     def nbytes(self) -> int:
         return sum(x.nbytes for rows in (self.k, self.v) for x in rows.tensors.values())
 
-    def append(self, k: Tensor, v: Tensor) -> None:
+    def store(self, k: Tensor, v: Tensor) -> None:
         m = check_new_tokens("KVState.append", {"k": k, "v": v}, self.like)
         if self.length + m > self.capacity:
             raise ValueError(
