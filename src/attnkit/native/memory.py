@@ -37,6 +37,17 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     return _advised(like.new_empty(shape, dtype=dtype or like.dtype))
 
 
+def rows_like(x: Tensor, size: int) -> Tensor:
+    """Room for a row of ``size`` numbers for each of ``x`` ``(b, h, m, d)``, with its heads and tokens in its order.
+
+    In a model heads lie within tokens: so do results then, and nothing has to be turned to go on.
+    """
+    b, h, m, _ = x.shape
+    if x.stride(1) < x.stride(2):
+        return empty(x, b, m, h, size).transpose(1, 2)
+    return empty(x, b, h, m, size)
+
+
 def zeros(*shape: int, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
     """``torch.zeros(shape)``, on huge pages as ``empty``."""
     return _advised(torch.empty(shape, dtype=dtype, device=device)).zero_()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnkit import native
 from attnkit.masks import UNBOUNDED, BlockList, Mask, explicit
+from attnkit.native import memory
 from attnkit.native.softmax import MOST_SIZE, as_float32, packed, rows, scale_refused, steps
 from attnkit.spec import Call
 
@@ -69,8 +70,8 @@ def forward(
         apply: Any = _Attention.apply
         o, lse = apply(q, k, v, bias, sink, alibi, listed, left, right, scale, softcap, dropout, _number(seed))
         return (o, lse) if return_lse else o
-    lse = _rows_of(q) if return_lse else None
-    o = _run(q, k, v, listed, left, right, scale, bias, alibi, softcap, sink, dropout, _number(seed), lse, None)
+    lse, o = _rows_of(q) if return_lse else None, memory.rows_like(q, v.shape[3])
+    _run(q, k, v, listed, left, right, scale, bias, alibi, softcap, sink, dropout, _number(seed), lse, None, o)
     return o if lse is None else (o, lse)
 
 
@@ -249,13 +250,15 @@ def _run(
     seed: int,
     lse: Tensor | None,
     rest: Tensor | None,
+    o: Tensor | None = None,
 ) -> Tensor:
-    """One native call that also fills ``lse`` and ``rest``, what float32 drops of it, where they are given.
+    """One native call that fills ``o``, or makes it, and ``lse`` and ``rest``, what float32 drops of it, where given.
 
     ``mask`` is lowered to a block list; the interval bounds visibility beside it.
     """
     q, k, v = rows(q), rows(k), rows(v)
-    o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
+    if o is None:
+        o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
     # The backward pass makes scores again in prefill's order: where one weight is nearly 1, another order's rounding of
     # a large score would be an error of that weight.
     few = q.shape[2] <= MOST_DECODE_QUERIES and rest is None and not dropout
