@@ -145,8 +145,8 @@ def test_a_copied_model_is_its_own(tiny: Callable[..., Any]) -> None:
 def test_what_cannot_be_accelerated_is_refused(tiny: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="runs 'eager': call attnkit.hf.register"):
         attnkit.hf.accelerate(tiny("deepseek_v3"))
-    with pytest.raises(NotImplementedError, match="LlamaForCausalLM, which has no latent or linear attention"):
-        attnkit.hf.accelerate(tiny("llama", "attnkit"))
+    with pytest.raises(NotImplementedError, match="GPT2LMHeadModel, which has no latent or linear attention"):
+        attnkit.hf.accelerate(tiny("gpt2", "attnkit"))
     model = tiny("deepseek_v3", "attnkit")
     model.model.layers[2].self_attn.kv_b_proj = torch.nn.Linear(32, 128, bias=True)
     with pytest.raises(NotImplementedError, match="cannot change model.layers.2.self_attn: its kv_b_proj is Linear"):

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from attnkit.hf import rotary
 from attnkit.hf.attention import attention
 from attnkit.hf.latent import carried_heads
+from attnkit.hf.linears import linear, maps_tokens
 from attnkit.hf.recurrent import DELTA, calls_delta_rule, lightning, with_names
 
 _MARK = "_attnkit_accelerated"  # the attribute of a layer that names the other one we set
@@ -24,10 +26,12 @@ def accelerate(model: nn.Module) -> tuple[str, ...]:
     as in decoding, and with ``attnkit.hf.Cache`` reads them where they lie. It makes the keys and values of all heads
     as before for a prompt, for training, for layers with sinks and while a graph is compiled. Gated delta rules
     (Qwen3-Next, Qwen3.5, OLMo-Hybrid, Kimi-Linear, Bailing-Hybrid) and MiniMax's lightning attention run
-    ``delta_attention`` and ``retention_attention_step``, prompts and steps, with gradients.
+    ``delta_attention`` and ``retention_attention_step``, prompts and steps, with gradients. A ``torch.nn.Linear`` in
+    bfloat16 or float16 on a CPU maps up to 8 tokens at once by a kernel that reads its weight where it lies. Attention
+    with the rotary positions of Llama, under whatever name, computes them in one pass.
 
     Returns the names of those layers. Only they change: each gets attributes, which ``restore`` takes away. A model
-    with changed linear layers cannot be pickled before that.
+    cannot be pickled before that.
 
     Raises
     ------
@@ -38,8 +42,9 @@ def accelerate(model: nn.Module) -> tuple[str, ...]:
     found = {name: layer for name, layer in model.named_modules() if _attribute(layer)}
     if not found:
         raise NotImplementedError(
-            f"accelerate got a {type(model).__name__}, which has no latent or linear attention that it knows: it needs "
-            "no more than attn_implementation='attnkit'"
+            f"accelerate got a {type(model).__name__}, which has no latent or linear attention that it knows, no "
+            "rotary positions like Llama's and no torch.nn.Linear in bfloat16 or float16 on a CPU: it needs no more "
+            "than attn_implementation='attnkit'"
         )
     for name, layer in found.items():
         if _MARK not in vars(layer) and (reason := _rejects(layer)):
@@ -62,14 +67,34 @@ def _attribute(layer: nn.Module) -> str | None:
     """What has to be set on a layer to change it, if we have something for it."""
     if callable(getattr(type(layer), "expand_kv", None)):
         return "expand_kv"
-    return "forward" if _is_lightning(layer) or calls_delta_rule(layer) else None
+    if _is_lightning(layer) or calls_delta_rule(layer) or _is_plain_linear(layer) or _turns(layer):
+        return "forward"
+    return None
 
 
 def _made(layer: nn.Module) -> Any:
     if callable(getattr(type(layer), "expand_kv", None)):
         return functools.partial(_expand_kv, layer)
-    forward = lightning if _is_lightning(layer) else with_names(type(layer).forward, DELTA)
-    return types.MethodType(forward, layer)
+    if type(layer) is nn.Linear:
+        return functools.partial(linear, layer)
+    if _is_lightning(layer):
+        return types.MethodType(lightning, layer)
+    names = DELTA if calls_delta_rule(layer) else {rotary.NAME: rotary.rotated}
+    return types.MethodType(with_names(type(layer).forward, names), layer)
+
+
+def _is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a layer is a map that we have a kernel for, and nobody else (PEFT, offloading) has changed it."""
+    return maps_tokens(layer) and _unchanged(layer)
+
+
+def _turns(layer: nn.Module) -> bool:
+    """The same of attention with rotary positions."""
+    return rotary.turns_like_llama(layer) and _unchanged(layer)
+
+
+def _unchanged(layer: nn.Module) -> bool:
+    return "forward" not in vars(layer) or _MARK in vars(layer)
 
 
 def _is_lightning(layer: nn.Module) -> bool:

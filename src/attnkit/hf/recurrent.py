@@ -68,11 +68,12 @@ DELTA: Mapping[str, Callable[..., Any]] = dict.fromkeys(
 
 def calls_delta_rule(layer: Any) -> bool:
     """Whether the layer's own ``forward`` calls one of those."""
-    code = getattr(_innermost(type(layer).forward), "__code__", None)
+    code = getattr(innermost(type(layer).forward), "__code__", None)
     return code is not None and not DELTA.keys().isdisjoint(code.co_names)
 
 
-def _innermost(function: Any) -> Any:
+def innermost(function: Any) -> Any:
+    """A function without its decorators."""
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
     return function
