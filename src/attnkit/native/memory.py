@@ -42,8 +42,8 @@ def rows_like(x: Tensor, size: int) -> Tensor:
 
     In a model heads lie within tokens: so do results then, and nothing has to be turned to go on.
     """
-    b, h, m, _ = x.shape
-    if x.stride(1) < x.stride(2):
+    (b, h, m, _), (_, across, along, _) = x.shape, x.stride()
+    if across < along:
         return empty(x, b, m, h, size).transpose(1, 2)
     return empty(x, b, h, m, size)
 
