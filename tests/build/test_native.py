@@ -142,6 +142,17 @@ def test_bits_depend_on_neither_threads_nor_batch(level, queries, dtype):
 
 
 @needs_library
+@pytest.mark.parametrize("queries", [1, 20])
+def test_results_lie_as_their_queries_do(queries):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, heads, 16) for n, heads in ((queries, 4), (30, 2), (30, 2)))
+    turned = attnkit.softmax_attention(*(x.transpose(1, 2) for x in (q, k, v)), backend="cpu")
+    plain = attnkit.softmax_attention(*(x.transpose(1, 2).contiguous() for x in (q, k, v)), backend="cpu")
+    assert turned.transpose(1, 2).is_contiguous() and plain.is_contiguous()
+    assert turned.equal(plain)
+
+
+@needs_library
 def test_pieces_of_a_prompt_have_the_bits_of_the_whole():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 500, 64) for _ in range(3))
