@@ -32,7 +32,7 @@ struct CacheCall {
       : c(1 + below(2), g * pick(heads), g, 1 + below(std::min<int64_t>(n, below(2) ? 1 : 50)), n, pick(channels),
           pick(channels), static_cast<int32_t>(below(3))),
         recent(0, 0), k_pages(0, 0), v_pages(0, 0) {
-    c.s.scale = 0.1f;
+    c.s.scale = 0.1f, c.s.kernel = ATTNKIT_DECODE;  // which has no dropout
     s.form = static_cast<int32_t>(below(4));
   }
 
