@@ -19,12 +19,17 @@ bool arrays_are_good(const attnkit_cache& c) {
   if (c.form == ATTNKIT_PLAIN) return true;
   const bool grouped = c.form == ATTNKIT_INT4;
   const int64_t of_keys = grouped ? c.d : 1, of_values = grouped ? (c.e + c.channels - 1) / c.channels : 1;
-  return in_range({{c.b, c.k_scale_b}, {c.g, c.k_scale_g}, {c.n, of_keys}}) &&
-         in_range({{c.b, c.v_scale_b}, {c.g, c.v_scale_g}, {c.n, of_values}}) &&
+  return in_range({{tables, c.k_scale_b}, {c.g, c.k_scale_g}, {tokens, of_keys}}) &&
+         in_range({{tables, c.v_scale_b}, {c.g, c.v_scale_g}, {tokens, of_values}}) &&
          (!grouped || in_range({{c.b, c.recent_b}, {c.g, c.recent_g}, {2 * c.group, c.d}}));
 }
 
 bool is_group(int64_t size) { return size >= 32 && size % 32 == 0 && size <= int64_t{1} << 32; }
+
+// A page of codes holds whole tiles of the walk over keys, and whole groups.
+bool fits_form(const attnkit_cache& c) {
+  return c.form == ATTNKIT_PLAIN || (c.page % 32 == 0 && (c.form != ATTNKIT_INT4 || c.page % c.group == 0));
+}
 
 int32_t check(const attnkit_cache& c) {
   attnkit_softmax s = softmax_call(c);
@@ -35,13 +40,13 @@ int32_t check(const attnkit_cache& c) {
   if (c.offsets && (c.lengths || (c.mask_batches != 1 && c.mask_batches != c.b) ||
                     (c.mask_heads != 1 && c.mask_heads != c.h)))
     return ATTNKIT_BAD_MASK;
-  if (c.pages && (c.page < 1 || c.page_count < 0 || c.pages_b < 0 || c.form != ATTNKIT_PLAIN ||
-                  !in_range({{c.b, 0}, {c.pages_b, 0}, {c.page, 0}})))
-    return ATTNKIT_BAD_PAGE;
   if (c.form != ATTNKIT_PLAIN && (!c.k_scale || !c.v_scale)) return ATTNKIT_BAD_FORM;
   if (c.form == ATTNKIT_INT4 &&
       (!c.k_zero || !c.v_zero || !c.recent || !is_group(c.group) || !is_group(c.channels)))
     return ATTNKIT_BAD_FORM;
+  if (c.pages && (c.page < 1 || c.page_count < 0 || c.pages_b < 0 || !fits_form(c) ||
+                  !in_range({{c.b, 0}, {c.pages_b, 0}, {c.page, 0}})))
+    return ATTNKIT_BAD_PAGE;
   return arrays_are_good(c) ? ATTNKIT_OK : ATTNKIT_BAD_SIZE;
 }
 

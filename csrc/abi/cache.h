@@ -31,21 +31,21 @@ typedef struct attnkit_cache {
   const int64_t* patterns;
   const int64_t* lengths;  /* (b,) keys of each sequence, at most n; null when all have n */
   const int32_t* pages;    /* (b, pages_b) number of each page of a sequence; null without pages */
-  const void* k_scale;     /* INT8, FP8: float32 (b, g, n). INT4: bfloat16 (b, g, n / group, d) */
+  const void* k_scale;     /* INT8, FP8: float32 (b, g, n). INT4: bfloat16 (b, g, n / group, d). On pages as k */
   const void* k_zero;      /* INT4: the value of code 0, as k_scale */
   const void* v_scale;     /* INT8, FP8: float32 (b, g, n). INT4: bfloat16 (b, g, n, e / channels rounded up) */
   const void* v_zero;
   const void* recent;      /* INT4: (b, g, 2 * group, d) in the dtype of the call: keys whose group is not full yet */
   int64_t b, h, g, m, n, d, e;
   int64_t q_b, q_h, q_m;
-  int64_t k_b, k_g, k_n; /* with pages, k_b is the stride from page to page */
+  int64_t k_b, k_g, k_n; /* with pages, k_b, v_b and their scales' are strides from page to page */
   int64_t v_b, v_g, v_n;
   int64_t o_b, o_h, o_m;
   int64_t bias_b, bias_h, bias_m, bias_n;
   int64_t k_scale_b, k_scale_g, v_scale_b, v_scale_g, recent_b, recent_g; /* zeros stride as their scales */
   int64_t left, right;
   int64_t mask_batches, mask_heads; /* 1 or b, 1 or h */
-  int64_t page, page_count, pages_b; /* tokens of a page, pages there are, pages a sequence has room for */
+  int64_t page, page_count, pages_b; /* tokens of a page (codes: a multiple of 32 and of group), pages there are, room for */
   int64_t group, channels;           /* INT4: tokens of a group, channels of a group: multiples of 32 */
   int64_t threads;
   int32_t dtype; /* of q, o and what is stored plainly */

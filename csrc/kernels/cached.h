@@ -1,4 +1,4 @@
-// Stores of a decoding state: pages, and quantised forms. See stores.h.
+// Stores of a decoding state: pages, and quantised forms, of which a page holds whole tiles and groups. See stores.h.
 
 // Numbers as they are, contiguous or on pages; every sequence has its own length.
 template <class T, class R>
@@ -15,8 +15,8 @@ struct Plain {
 
   void open(Tile<Rows>& tile, T*, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end, int64_t next,
             int64_t n) const {
-    const RowPlaces<T> keys = places(c_.k, c_.k_b, c_.k_g, c_.k_n, batch, group);
-    const RowPlaces<T> values = places(c_.v, c_.v_b, c_.v_g, c_.v_n, batch, group);
+    const RowPlaces<T> keys = row_places<T>(c_, c_.k, c_.k_b, c_.k_g, c_.k_n, batch, group);
+    const RowPlaces<T> values = row_places<T>(c_, c_.v, c_.v_b, c_.v_g, c_.v_n, batch, group);
     keys.find(tile.keys, first, begin, end);
     values.find(tile.values, first, begin, end);
     if (c_.pages) look_ahead(keys, values, first, n);
@@ -25,12 +25,6 @@ struct Plain {
   }
 
  private:
-  // With pages, the stride of the batch is that of the pages.
-  RowPlaces<T> places(const void* rows, int64_t b, int64_t g, int64_t n, int64_t batch, int64_t group) const {
-    const T* base = static_cast<const T*>(rows) + group * g;
-    if (!c_.pages) return {base + batch * b, n, nullptr, 1, 0};
-    return {base, n, c_.pages + batch * c_.pages_b, c_.page, b};
-  }
   const attnkit_cache& c_;
 };
 
@@ -50,32 +44,32 @@ struct Scaled {
 
   void open(Tile<Rows>& tile, float* memory, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end,
             int64_t next, int64_t n) const {
-    const uint8_t* k = static_cast<const uint8_t*>(c_.k) + batch * c_.k_b + group * c_.k_g;
-    const uint8_t* v = static_cast<const uint8_t*>(c_.v) + batch * c_.v_b + group * c_.v_g;
+    const RowPlaces<uint8_t> keys = row_places<uint8_t>(c_, c_.k, c_.k_b, c_.k_g, c_.k_n, batch, group);
+    const RowPlaces<uint8_t> values = row_places<uint8_t>(c_, c_.v, c_.v_b, c_.v_g, c_.v_n, batch, group);
     const bool fetch = next < n;
     tile.keys = {memory, key_row_};
     tile.values = {memory + kWalkKeys * key_row_, value_row_};
-    convert(memory, key_row_, k, c_.k_n, c_.d, first, begin, end, fetch ? k + next * c_.k_n : nullptr);
-    convert(memory + kWalkKeys * key_row_, value_row_, v, c_.v_n, c_.e, first, begin, end,
-            fetch ? v + next * c_.v_n : nullptr);
-    const float* k_scale = static_cast<const float*>(c_.k_scale) + batch * c_.k_scale_b + group * c_.k_scale_g;
-    const float* v_scale = static_cast<const float*>(c_.v_scale) + batch * c_.v_scale_b + group * c_.v_scale_g;
-    scales(tile.key_scale, k_scale, first, begin, end);
-    scales(tile.value_scale, v_scale, first, begin, end);
+    convert(memory, key_row_, keys.at(first), c_.k_n, c_.d, begin, end, fetch ? keys.at(next) : nullptr);
+    convert(memory + kWalkKeys * key_row_, value_row_, values.at(first), c_.v_n, c_.e, begin, end,
+            fetch ? values.at(next) : nullptr);
+    const auto k_scale = row_places<float>(c_, c_.k_scale, c_.k_scale_b, c_.k_scale_g, 1, batch, group);
+    const auto v_scale = row_places<float>(c_, c_.v_scale, c_.v_scale_b, c_.v_scale_g, 1, batch, group);
+    scales(tile.key_scale, k_scale.at(first), begin, end);
+    scales(tile.value_scale, v_scale.at(first), begin, end);
     tile.fetch = false;
   }
 
  private:
   // Fetching past the last token does no harm.
-  static void convert(float* memory, int64_t row, const uint8_t* codes, int64_t stride, int64_t numbers, int64_t first,
-                      int64_t begin, int64_t end, const uint8_t* next) {
+  static void convert(float* memory, int64_t row, const uint8_t* codes, int64_t stride, int64_t numbers, int64_t begin,
+                      int64_t end, const uint8_t* next) {
     for (int64_t i = begin; i < end; ++i) {
       if (next) prefetch_row(next + i * stride, numbers);
-      Form::convert(memory + i * row, codes + (first + i) * stride, numbers);
+      Form::convert(memory + i * row, codes + i * stride, numbers);
     }
   }
-  static void scales(float* to, const float* from, int64_t first, int64_t begin, int64_t end) {
-    for (int64_t i = 0; i < kWalkKeys; ++i) to[i] = i < begin || i >= end ? 0.0f : from[first + i];
+  static void scales(float* to, const float* from, int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < kWalkKeys; ++i) to[i] = i < begin || i >= end ? 0.0f : from[i];
   }
   const attnkit_cache& c_;
   const int64_t key_row_, value_row_;
@@ -118,27 +112,28 @@ struct Grouped {
 
   void open(Tile<Rows>& tile, float* memory, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end,
             int64_t next, int64_t n) const {
-    const uint8_t* k = static_cast<const uint8_t*>(c_.k) + batch * c_.k_b + group * c_.k_g;
-    const uint8_t* v = static_cast<const uint8_t*>(c_.v) + batch * c_.v_b + group * c_.v_g;
-    const int64_t at_keys = batch * c_.k_scale_b + group * c_.k_scale_g + first / c_.group * c_.d;
+    const RowPlaces<uint8_t> k = row_places<uint8_t>(c_, c_.k, c_.k_b, c_.k_g, c_.k_n, batch, group);
+    const RowPlaces<uint8_t> v = row_places<uint8_t>(c_, c_.v, c_.v_b, c_.v_g, c_.v_n, batch, group);
     const int64_t parts = ceil_div(c_.e, c_.channels);
-    const int64_t at_values = batch * c_.v_scale_b + group * c_.v_scale_g + first * parts;
+    const GroupPlaces scales(c_, batch, group, first, parts);
     const A* recent = static_cast<const A*>(c_.recent) + batch * c_.recent_b + group * c_.recent_g;
-    look_ahead(RowPlaces<uint8_t>{k, c_.k_n, nullptr, 1, 0}, RowPlaces<uint8_t>{v, c_.v_n, nullptr, 1, 0}, first, n);
-    const bool waits = first >= n / c_.group * c_.group;
+    look_ahead(k, v, first, n);
+    const bool waits = first >= n / c_.group * c_.group, fetch = next < n;
+    const uint8_t *key_codes = k.at(first), *value_codes = v.at(first);
+    const uint8_t *next_keys = fetch ? k.at(next) : nullptr, *next_values = fetch ? v.at(next) : nullptr;
     float* values = memory + kWalkKeys * key_row_;
     for (int64_t i = begin; i < end; ++i) {
       float* key = memory + i * key_row_;
-      if (next < n) prefetch_row(k + (next + i) * c_.k_n, ceil_div(c_.d, 2));
-      if (next < n) prefetch_row(v + (next + i) * c_.v_n, ceil_div(c_.e, 2));
+      if (fetch) prefetch_row(next_keys + i * c_.k_n, ceil_div(c_.d, 2));
+      if (fetch) prefetch_row(next_values + i * c_.v_n, ceil_div(c_.e, 2));
       if (waits) {
         const A* row = recent + (first + i) % (2 * c_.group) * c_.d;
         for (int64_t j = 0; j < c_.d; j += kWidth) store(key + j, load_some(row + j, c_.d - j));
       } else {
-        convert(key, k + (first + i) * c_.k_n, c_.d, c_.k_scale, c_.k_zero, at_keys, 1);
+        convert(key, key_codes + i * c_.k_n, c_.d, scales.key_scale, scales.key_zero, 1);
       }
-      convert(values + i * value_row_, v + (first + i) * c_.v_n, c_.e, c_.v_scale, c_.v_zero, at_values + i * parts,
-              c_.channels);
+      convert(values + i * value_row_, value_codes + i * c_.v_n, c_.e, scales.value_scale + i * parts,
+              scales.value_zero + i * parts, c_.channels);
     }
     tile.keys = {memory, key_row_};
     tile.values = {values, value_row_};
@@ -146,11 +141,9 @@ struct Grouped {
   }
 
  private:
-  // One row. Scale and zero of channel c are number at + c / share of theirs.
-  static ATTNKIT_INLINE void convert(float* to, const uint8_t* codes, int64_t count, const void* scales, const void* zeros,
-                                     int64_t at, int64_t share) {
-    const BFloat16* scale = static_cast<const BFloat16*>(scales) + at;
-    const BFloat16* zero = static_cast<const BFloat16*>(zeros) + at;
+  // One row. Scale and zero of channel c are number c / share of theirs.
+  static ATTNKIT_INLINE void convert(float* to, const uint8_t* codes, int64_t count, const BFloat16* scale,
+                                     const BFloat16* zero, int64_t share) {
     for (int64_t start = 0; start < count; start += 128, codes += 64) {
       const int64_t width = least<int64_t>(count - start, 128);
       for (int64_t j = 0; j < width; j += 32) {

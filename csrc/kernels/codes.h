@@ -247,9 +247,8 @@ struct ByteCodes {
 
   void open(Tile<R>& tile, const Memory& w, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end,
             int64_t next, int64_t n) const {
-    const uint8_t* k = static_cast<const uint8_t*>(c_.k) + batch * c_.k_b + group * c_.k_g;
-    const uint8_t* v = static_cast<const uint8_t*>(c_.v) + batch * c_.v_b + group * c_.v_g;
-    const RowPlaces<uint8_t> keys = {k, c_.k_n, nullptr, 1, 0}, values = {v, c_.v_n, nullptr, 1, 0};
+    const RowPlaces<uint8_t> keys = row_places<uint8_t>(c_, c_.k, c_.k_b, c_.k_g, c_.k_n, batch, group);
+    const RowPlaces<uint8_t> values = row_places<uint8_t>(c_, c_.v, c_.v_b, c_.v_g, c_.v_n, batch, group);
     keys.find(tile.keys, first, begin, end);
     values.find(tile.values, first, begin, end);
     tile.fetch = next < n;
@@ -257,8 +256,8 @@ struct ByteCodes {
       keys.find(tile.next, next, 0, least(kWalkKeys, n - next));
       values.find(tile.next_values, next, 0, least(kWalkKeys, n - next));
     }
-    const float* k_scale = static_cast<const float*>(c_.k_scale) + batch * c_.k_scale_b + group * c_.k_scale_g + first;
-    const float* v_scale = static_cast<const float*>(c_.v_scale) + batch * c_.v_scale_b + group * c_.v_scale_g + first;
+    const float* k_scale = row_places<float>(c_, c_.k_scale, c_.k_scale_b, c_.k_scale_g, 1, batch, group).at(first);
+    const float* v_scale = row_places<float>(c_, c_.v_scale, c_.v_scale_b, c_.v_scale_g, 1, batch, group).at(first);
     look_ahead(keys, values, first, n);
     const uint64_t inside = bit_range(begin, end);
     for (int64_t i = 0; i < kWalkKeys; i += kWidth) {

@@ -62,23 +62,24 @@ struct Nibbles {
 
   void open(Tile<R>& tile, const Memory& w, int64_t batch, int64_t group, int64_t first, int64_t begin, int64_t end,
             int64_t next, int64_t n) const {
-    const uint8_t* k = static_cast<const uint8_t*>(c_.k) + batch * c_.k_b + group * c_.k_g;
-    const uint8_t* v = static_cast<const uint8_t*>(c_.v) + batch * c_.v_b + group * c_.v_g;
-    tile.keys = {k + first * c_.k_n, c_.k_n}, tile.values = {v + first * c_.v_n, c_.v_n};
-    tile.next = {k + next * c_.k_n, c_.k_n}, tile.next_values = {v + next * c_.v_n, c_.v_n};
+    const RowPlaces<uint8_t> keys = row_places<uint8_t>(c_, c_.k, c_.k_b, c_.k_g, c_.k_n, batch, group);
+    const RowPlaces<uint8_t> values = row_places<uint8_t>(c_, c_.v, c_.v_b, c_.v_g, c_.v_n, batch, group);
+    keys.find(tile.keys, first, begin, end);
+    values.find(tile.values, first, begin, end);
     tile.fetch = next < n;
-    look_ahead(RowPlaces<uint8_t>{k, c_.k_n, nullptr, 1, 0}, RowPlaces<uint8_t>{v, c_.v_n, nullptr, 1, 0}, first, n);
-    const int64_t at_keys = batch * c_.k_scale_b + group * c_.k_scale_g + first / c_.group * c_.d;
-    const int64_t at_values = batch * c_.v_scale_b + group * c_.v_scale_g + first * parts_;
-    w.place->key_scale = static_cast<const BFloat16*>(c_.k_scale) + at_keys;
-    w.place->key_zero = static_cast<const BFloat16*>(c_.k_zero) + at_keys;
+    if (tile.fetch) {
+      keys.find(tile.next, next, 0, least(kWalkKeys, n - next));
+      values.find(tile.next_values, next, 0, least(kWalkKeys, n - next));
+    }
+    look_ahead(keys, values, first, n);
+    const GroupPlaces scales(c_, batch, group, first, parts_);
+    w.place->key_scale = scales.key_scale, w.place->key_zero = scales.key_zero;
     w.place->recent = first < n / c_.group * c_.group
                           ? nullptr
                           : static_cast<const BFloat16*>(c_.recent) + batch * c_.recent_b + group * c_.recent_g +
                                 first % (2 * c_.group) * c_.d;
     if (!w.place->recent) turn_keys(w.keys, tile.keys, begin, end);
-    by_part(w, static_cast<const BFloat16*>(c_.v_scale) + at_values, static_cast<const BFloat16*>(c_.v_zero) + at_values,
-            begin, end);
+    by_part(w, scales.value_scale, scales.value_zero, begin, end);
   }
 
   void take_query(const Memory& w, const BFloat16* q, int64_t r) const {

@@ -1,7 +1,8 @@
 // Where a decoding cache keeps its keys and values, and in which form. A store fills in a Tile: the places of 32 keys
 // and 32 values, which lie in the cache itself or were converted from it a moment ago and are still in the first cache.
 //
-// Rows are contiguous, or on pages of any number of tokens that a table lists. Quantised forms (their layout is described
+// Rows are contiguous, or on pages that a table lists: of any number of tokens, but of codes pages hold whole tiles and
+// groups, so that a tile lies in one piece. Quantised forms (their layout is described
 // in attnkit.state.codec) are converted to the numbers the products take, scales left aside where one belongs to a token:
 // the kernel multiplies scores and weights by it. The converted cache as a whole is never written. A store that
 // multiplies its codes itself (kMultiplies, codes.h) converts nothing.
@@ -70,6 +71,31 @@ struct RowPlaces {
     }
     for (int64_t i = 0; i < begin; ++i) to.row[i] = to.row[begin];
     for (int64_t i = end; i < kWalkKeys; ++i) to.row[i] = to.row[end - 1];
+  }
+};
+
+// Where one sequence and KV head of a decoding state has its rows, of so many tokens each. With pages, the stride of the
+// batch is that of the pages.
+template <class T>
+ATTNKIT_INLINE RowPlaces<T> row_places(const attnkit_cache& c, const void* rows, int64_t b, int64_t g, int64_t stride,
+                                       int64_t batch, int64_t group, int64_t tokens = 1) {
+  const T* base = static_cast<const T*>(rows) + group * g;
+  if (!c.pages) return {base + batch * b, stride, nullptr, 1, 0};
+  return {base, stride, c.pages + batch * c.pages_b, c.page / tokens, b};
+}
+
+// Scales and zeros of half bytes, for the tile of keys that starts at `first`: of its group, and of its first token.
+struct GroupPlaces {
+  const BFloat16 *key_scale, *key_zero, *value_scale, *value_zero;
+  GroupPlaces(const attnkit_cache& c, int64_t batch, int64_t group, int64_t first, int64_t parts) {
+    const auto of_keys = [&](const void* rows) {
+      return row_places<BFloat16>(c, rows, c.k_scale_b, c.k_scale_g, c.d, batch, group, c.group).at(first / c.group);
+    };
+    const auto of_values = [&](const void* rows) {
+      return row_places<BFloat16>(c, rows, c.v_scale_b, c.v_scale_g, parts, batch, group).at(first);
+    };
+    key_scale = of_keys(c.k_scale), key_zero = of_keys(c.k_zero);
+    value_scale = of_values(c.v_scale), value_zero = of_values(c.v_zero);
   }
 };
 

@@ -152,19 +152,59 @@ struct CacheCall {
     s.k_scale_g = s.v_scale_g = s.n, s.k_scale_b = s.v_scale_b = s.g * s.n;
   }
 
-  // Sequences of several lengths on scattered pages.
-  void store_pages() {
-    in_order();
-    const int64_t sizes[] = {1, 7, 16, 32, 48, 64};
-    s.page = pick(sizes), s.pages_b = (s.n + s.page - 1) / s.page + below(2), s.page_count = s.b * s.pages_b + 3;
-    s.k_n = s.d, s.k_g = s.page * s.d, s.k_b = s.g * s.k_g, s.v_n = s.e, s.v_g = s.page * s.e, s.v_b = s.g * s.v_g;
-    k_pages = Numbers(s.page_count * s.k_b, s.dtype), v_pages = Numbers(s.page_count * s.v_b, s.dtype);
-    Numbers k_whole = k_pages, v_whole = v_pages;
-    k_pages.poison(), v_pages.poison();
+  // A table for pages of so many tokens, in any order.
+  void choose_pages(int64_t page) {
+    s.page = page, s.pages_b = (s.n + s.page - 1) / s.page + below(2), s.page_count = s.b * s.pages_b + 3;
     std::vector<int32_t> order;
     for (int64_t i = 0; i < s.page_count; ++i) order.push_back(static_cast<int32_t>(i));
     for (int64_t i = s.page_count - 1; i > 0; --i) std::swap(order[i], order[below(i + 1)]);
     tables.assign(order.begin(), order.begin() + s.b * s.pages_b);
+    s.pages = tables.data();
+  }
+
+  // Rows of `size`, each of so many tokens, from one buffer (b, g, count, size) onto the pages; the rest is `spare`.
+  template <class T>
+  void scatter(std::vector<T>& rows, int64_t count, int64_t size, int64_t tokens, T spare) {
+    if (rows.empty()) return;
+    const int64_t a_page = s.page / tokens;
+    std::vector<T> pages(static_cast<size_t>(s.page_count * s.g * a_page * size), spare);
+    for (int64_t head = 0; head < s.b * s.g; ++head)
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t page = tables[head / s.g * s.pages_b + j / a_page];
+        std::copy_n(rows.begin() + (head * count + j) * size, size,
+                    pages.begin() + ((page * s.g + head % s.g) * a_page + j % a_page) * size);
+      }
+    rows = pages;
+    rows.shrink_to_fit();
+  }
+
+  // Codes that were stored in order, on scattered pages of whole tiles and groups.
+  void scatter_codes() {
+    const bool grouped = s.form == ATTNKIT_INT4;
+    choose_pages((grouped ? s.group : 32) * (1 + below(3)));
+    const int64_t keys = grouped ? s.group : 1, parts = grouped ? (s.e + s.channels - 1) / s.channels : 1;
+    const int64_t groups = s.n / keys;
+    scatter<uint8_t>(k_codes, groups * keys, s.k_n, 1, 0x77), scatter<uint8_t>(v_codes, s.n, s.v_n, 1, 0x77);
+    scatter<float>(k_scale, s.n, 1, 1, NAN), scatter<float>(v_scale, s.n, 1, 1, NAN);
+    scatter<uint16_t>(k_scales, groups, s.d, keys, 0x7fc0), scatter<uint16_t>(k_zeros, groups, s.d, keys, 0x7fc0);
+    scatter<uint16_t>(v_scales, s.n, parts, 1, 0x7fc0), scatter<uint16_t>(v_zeros, s.n, parts, 1, 0x7fc0);
+    s.k = k_codes.data(), s.v = v_codes.data();
+    s.k_g = s.page * s.k_n, s.k_b = s.g * s.k_g, s.v_g = s.page * s.v_n, s.v_b = s.g * s.v_g;
+    s.k_scale = k_scale.data(), s.v_scale = v_scale.data();
+    if (grouped) s.k_scale = k_scales.data(), s.k_zero = k_zeros.data(), s.v_scale = v_scales.data(), s.v_zero = v_zeros.data();
+    s.k_scale_g = grouped ? s.page / keys * s.d : s.page, s.k_scale_b = s.g * s.k_scale_g;
+    s.v_scale_g = s.page * parts, s.v_scale_b = s.g * s.v_scale_g;
+  }
+
+  // Sequences of several lengths on scattered pages.
+  void store_pages() {
+    in_order();
+    const int64_t sizes[] = {1, 7, 16, 32, 48, 64};
+    choose_pages(pick(sizes));
+    s.k_n = s.d, s.k_g = s.page * s.d, s.k_b = s.g * s.k_g, s.v_n = s.e, s.v_g = s.page * s.e, s.v_b = s.g * s.v_g;
+    k_pages = Numbers(s.page_count * s.k_b, s.dtype), v_pages = Numbers(s.page_count * s.v_b, s.dtype);
+    Numbers k_whole = k_pages, v_whole = v_pages;
+    k_pages.poison(), v_pages.poison();
     for (int64_t b = 0; b < s.b; ++b)
       for (int64_t g = 0; g < s.g; ++g)
         for (int64_t j = 0; j < held[b]; ++j) {
@@ -176,7 +216,7 @@ struct CacheCall {
         }
     for (int64_t b = 0; b < s.b; ++b)
       for (int64_t i = (held[b] + s.page - 1) / s.page; i < s.pages_b; ++i) tables[b * s.pages_b + i] = -1;
-    s.k = k_pages.data(), s.v = v_pages.data(), s.pages = tables.data(), s.lengths = held.data();
+    s.k = k_pages.data(), s.v = v_pages.data(), s.lengths = held.data();
   }
   static void copy(Numbers& to, const Numbers& from, int64_t at, int64_t size, double* meant, bool hidden) {
     for (int64_t i = 0; i < size; ++i) {
@@ -211,6 +251,7 @@ void test_cache() {
     if (s.m <= ATTNKIT_BLOCK_QUERIES) call.c.add_features();
     call.start();
     if (s.form != ATTNKIT_PLAIN) call.store_codes();
+    if (s.form != ATTNKIT_PLAIN && below(2)) call.scatter_codes();
   }
   call.c.define();
   static const char* const names[] = {"numbers", "int8", "fp8", "int4"};
@@ -241,6 +282,7 @@ void test_refusals() {
     call.store_pages();
   } else {
     call.store_codes();
+    if (below(2)) call.scatter_codes();
   }
   const int64_t needed = attnkit_cache_forward_scratch_bytes(&s);
   const Scratch scratch(needed < 0 ? 0 : needed + 64);
@@ -250,7 +292,8 @@ void test_refusals() {
   if (status != ATTNKIT_SMALL_SCRATCH) fail("cache: status %d with bad scratch memory", status);
   std::vector<int64_t*> numbers = {&s.b,   &s.h,   &s.g,   &s.m,   &s.n,   &s.d,   &s.e,   &s.q_b, &s.q_h, &s.q_m,
                                    &s.k_b, &s.k_g, &s.k_n, &s.v_b, &s.v_g, &s.v_n, &s.o_b, &s.o_m, &s.threads};
-  if (s.pages) numbers.insert(numbers.end(), {&s.page, &s.page_count, &s.pages_b, &call.held[0]});
+  if (s.pages) numbers.insert(numbers.end(), {&s.page, &s.page_count, &s.pages_b});
+  if (s.lengths) numbers.push_back(&call.held[0]);
   if (s.form != ATTNKIT_PLAIN) numbers.insert(numbers.end(), {&s.k_scale_b, &s.k_scale_g, &s.v_scale_b, &s.v_scale_g});
   if (s.form == ATTNKIT_INT4) numbers.insert(numbers.end(), {&s.group, &s.channels, &s.recent_b, &s.recent_g});
   int64_t& number = *numbers[below(static_cast<int64_t>(numbers.size()))];

@@ -12,7 +12,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import attnkit.hf
 from attnkit.dispatch import watch
-from attnkit.hf.layers import FullLayer, HybridLayer, IndexedLayer, PagedLayer, WindowLayer
+from attnkit.hf.layers import FullLayer, HybridLayer, IndexedLayer, PagedLayer
+from attnkit.hf.windows import CodedWindowLayer, WindowLayer
 
 IDS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(1))
 KEPT = torch.ones_like(IDS)
@@ -37,31 +38,40 @@ def test_a_window_layer_hands_out_what_theirs_does(window: int) -> None:
     assert ours.nbytes <= 2 * 2 * 3 * 9 * 4 * max(window, 256)
 
 
-def test_a_window_layer_goes_back_to_what_it_recorded() -> None:
-    layer, other = WindowLayer(4), WindowLayer(4)
-    k, v = tokens(30)
-    layer.update(k[:, :, :20], v[:, :, :20])
+@pytest.mark.parametrize("form", [None, "int8", "fp8"])
+def test_a_window_layer_goes_back_to_what_it_recorded(form: Any) -> None:
+    def made() -> Any:
+        return WindowLayer(4) if form is None else CodedWindowLayer(form, 4)
+
+    def seen(layer: Any, k: torch.Tensor, v: torch.Tensor) -> Any:
+        """What the last of the new tokens sees."""
+        return ((x + 0)[:, :, -4:] for x in layer.update(k, v))
+
+    layer, other = made(), made()
+    k, v = tokens(230)
+    layer.update(k[:, :, :220], v[:, :, :220])
     layer.activate_past_recording()
-    for start in (20, 23, 26):
+    for start in (220, 223, 226):
         layer.update(k[:, :, start : start + 3], v[:, :, start : start + 3])
     layer.crop(-8)
-    other.update(k[:, :, :21], v[:, :, :21])
-    assert layer.get_seq_length() == 21
+    other.update(k[:, :, :221], v[:, :, :221])
+    assert layer.get_seq_length() == 221
     for got, want in zip(
-        layer.update(k[:, :, 29:], v[:, :, 29:]), other.update(k[:, :, 29:], v[:, :, 29:]), strict=True
+        seen(layer, k[:, :, 229:], v[:, :, 229:]), seen(other, k[:, :, 229:], v[:, :, 229:]), strict=True
     ):
         assert torch.equal(got, want)
-    for start in range(22, 30):  # long enough to fill the buffer and move
-        layer.update(k[:, :, start : start + 1], v[:, :, start : start + 1])
-    layer.crop(-8)  # back to where the first crop left off and one more
-    for got, want in zip(
-        layer.update(k[:, :, 22:23], v[:, :, 22:23]), other.update(k[:, :, 22:23], v[:, :, 22:23]), strict=True
-    ):
+    for _ in range(20):  # long enough to fill the buffer and move
+        for start in range(222, 230):
+            layer.update(k[:, :, start : start + 1], v[:, :, start : start + 1])
+    layer.crop(-160)  # back to where the first crop left off and one more
+    last = k[:, :, 222:223], v[:, :, 222:223]
+    for got, want in zip(seen(layer, *last), seen(other, *last), strict=True):
         assert torch.equal(got, want)
-    fresh = WindowLayer(4)
-    fresh.update(k[:, :, :20], v[:, :, :20])
+    fresh = made()
+    fresh.update(k[:, :, :220], v[:, :, :220])
+    fresh.update(k[:, :, :1], v[:, :, :1])
     with pytest.raises(ValueError, match="activate_past_recording"):
-        fresh.crop(-8)
+        fresh.crop(-200)
 
 
 def test_a_full_layer_writes_in_place_and_doubles() -> None:
@@ -187,8 +197,6 @@ def test_what_the_cache_cannot_do_is_refused(tiny: Callable[..., Any]) -> None:
         attnkit.hf.Cache(model.config, dtype="int3")
     with pytest.raises(ValueError, match="paged=True and no max_length"):
         attnkit.hf.Cache(model.config, paged=True)
-    with pytest.raises(NotImplementedError, match="paged=True and dtype 'int8', expected one of them"):
-        attnkit.hf.Cache(model.config, "int8", paged=True, max_length=9)
     for family, kind in (("deepseek_v32", "indexed_attention"), ("falcon_h1", "hybrid")):
         with pytest.raises(NotImplementedError, match=f"layer of type '{kind}' as int8"):
             attnkit.hf.Cache(tiny(family).config, "int8")

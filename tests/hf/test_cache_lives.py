@@ -10,7 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from attnkit.hf.layers import CodedLayer, FullLayer, IndexedLayer, LatentLayer, PagedLayer, WindowLayer
+from attnkit.hf.layers import CodedLayer, FullLayer, IndexedLayer, LatentLayer, PagedLayer
+from attnkit.hf.windows import CodedWindowLayer, WindowLayer
 from attnkit.state import KVState, PagedKVState
 
 WINDOW = 5
@@ -37,9 +38,11 @@ class Life(RuleBasedStateMachine):
             "paged": PagedLayer(None, 4000),
             "int8": CodedLayer("int8"),
             "fp8": CodedLayer("fp8", 4000),
+            "paged fp8": PagedLayer(None, 4000, "fp8"),
         }
         self.truth, self.index = DynamicLayer(), torch.zeros(2, 0, 3)
         self.window, self.window_truth = WindowLayer(WINDOW), DynamicSlidingWindowLayer(WINDOW)
+        self.codes = CodedWindowLayer("int8", WINDOW)
 
     def _draw(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)
@@ -62,8 +65,13 @@ class Life(RuleBasedStateMachine):
                 assert torch.equal(one, other), name
         assert torch.equal(self.whole["indexed"].update_indexer(index), self.index)
         assert self.window.get_mask_sizes(count) == self.window_truth.get_mask_sizes(count)
-        for one, other in zip(held(self.window, k, v), self.window_truth.update(k, v), strict=True):
+        seen, sizes = self.window_truth.update(k, v), self.codes.get_mask_sizes(count)
+        for one, other in zip(held(self.window, k, v), seen, strict=True):
             assert torch.equal(one, other)
+        for one, other in zip(held(self.codes, k, v), coded("int8", *seen), strict=True):
+            assert sizes == (one.shape[2], self.length - one.shape[2])
+            assert one.shape[2] <= max(2 * WINDOW + 64, count + WINDOW + 63)
+            assert torch.equal(one[:, :, one.shape[2] - other.shape[2] :], other)
 
     @rule(share=st.floats(0, 1))
     def crop(self, share: float) -> None:
@@ -80,8 +88,10 @@ class Life(RuleBasedStateMachine):
     def _renew_window(self) -> None:
         """Theirs cannot be cropped past its window: both begin anew with what is left."""
         self.window, self.window_truth = WindowLayer(WINDOW), DynamicSlidingWindowLayer(WINDOW)
+        self.codes = CodedWindowLayer("int8", WINDOW)
         if self.length:
             self.window.update(self.truth.keys, self.truth.values)
+            self.codes.update(self.truth.keys, self.truth.values)
             self.window_truth.update(self.truth.keys, self.truth.values)
 
     @precondition(lambda self: self.length)
@@ -118,7 +128,7 @@ class Life(RuleBasedStateMachine):
         self.window_truth = DynamicSlidingWindowLayer(WINDOW)
 
     def _all(self) -> list[Any]:
-        return [*self.whole.values(), self.truth, self.window, self.window_truth]
+        return [*self.whole.values(), self.truth, self.window, self.window_truth, self.codes]
 
     @invariant()
     def sound(self) -> None:

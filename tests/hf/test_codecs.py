@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import attnkit.hf
 from attnkit.dispatch import watch
@@ -38,6 +38,23 @@ class Rounded(DynamicLayer):
         return numbers(self.codec, k, v)
 
 
+class RoundedWindow(DynamicSlidingWindowLayer):
+    """Theirs, which hands on the newest of what a layer that keeps all would."""
+
+    def __init__(self, whole: Rounded, window: int) -> None:
+        super().__init__(window)
+        self.whole = whole
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        seen = super().update(key_states, value_states)[0].shape[2]
+        k, v = self.whole.update(key_states, value_states)
+        return k[:, :, -seen:], v[:, :, -seen:]
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        super().reorder_cache(beam_idx)
+        self.whole.reorder_cache(beam_idx)
+
+
 def numbers(codec: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     state = KVState(*k.shape[:3], k.shape[3], v.shape[3], dtype=k.dtype, codec=codec)
     state.store(k, v)
@@ -47,13 +64,24 @@ def numbers(codec: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def rounded(config: Any, codec: str) -> DynamicCache:
     cache = DynamicCache(config=config)
     layer = type("Layer", (Rounded,), {"codec": codec})
-    cache.layers = [layer() if type(one) is DynamicLayer else one for one in cache.layers]
+    for i, one in enumerate(cache.layers):
+        if isinstance(one, DynamicSlidingWindowLayer):
+            cache.layers[i] = RoundedWindow(layer(), one.sliding_window)
+        elif type(one) is DynamicLayer:
+            cache.layers[i] = layer()
     return cache
 
 
 @pytest.mark.parametrize(
     ("family", "codec"),
-    [*(("llama", codec) for codec in CODECS), ("gemma2", "int8"), ("gpt_oss", "int4"), ("qwen3_next", "fp8")],
+    [
+        *(("llama", codec) for codec in CODECS),
+        ("gemma2", "int8"),
+        ("mistral", "fp8"),
+        ("mistral", "int4"),
+        ("gpt_oss", "int4"),
+        ("qwen3_next", "fp8"),
+    ],
 )
 def test_generated_text_is_that_of_the_codes(family: str, codec: str, tiny: Callable[..., Any]) -> None:
     model = tiny(family)
@@ -61,10 +89,14 @@ def test_generated_text_is_that_of_the_codes(family: str, codec: str, tiny: Call
         model.set_attn_implementation("eager")
         want = model.generate(IDS, num_beams=beams, cache=rounded(model.config, codec), **OPTIONS)
         model.set_attn_implementation("attnkit")
-        cache = attnkit.hf.Cache(model.config, dtype=codec)
-        with watch() as ran:
-            assert torch.equal(model.generate(IDS, num_beams=beams, cache=cache, **OPTIONS), want)
-        assert ("softmax_step", "cpu") in ran  # the codes were read where they lie
+        for made in ({}, {"paged": True, "max_length": 42}):
+            cache = attnkit.hf.Cache(model.config, dtype=codec, **made)
+            with watch() as ran:
+                assert torch.equal(model.generate(IDS, num_beams=beams, cache=cache, **OPTIONS), want)
+            # The codes were read where they lie, those of windows as well; a prompt of int4 is attended to as it came.
+            prompts = sum(hasattr(layer, "codec") for layer in cache.layers) if codec == "int4" else 0
+            assert ran["softmax", "cpu"] == prompts
+            assert ran["softmax_step", "cpu"] > 0
 
 
 @pytest.mark.parametrize("codec", CODECS)

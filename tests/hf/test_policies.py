@@ -13,8 +13,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 import attnkit
 import attnkit.hf
 from attnkit.hf.chosen import PolicyLayer
-from attnkit.hf.layers import FullLayer, WindowLayer
+from attnkit.hf.layers import FullLayer
 from attnkit.hf.masks import attention_mask
+from attnkit.hf.windows import WindowLayer
 from attnkit.parity.families import FAMILIES
 from attnkit.parity.record import DoesNotApplyError
 from attnkit.parity.subject import implementation

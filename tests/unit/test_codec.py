@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+import attnkit
+from attnkit import native
 from attnkit.state import KVState, PagedKVState, PagePool
 from attnkit.state.codec import CHANNELS, GROUP, encode_affine, pack, packed_bytes, unpack
 
@@ -39,15 +41,15 @@ def test_no_number_is_off_by_more_than_half_a_step(codec: Any, kind: str, size: 
     state.store(k, v)
     for x, read, rows in zip((k, v), state.numbers(), state.rows, strict=True):
         if codec == "int8":
-            step = rows.scale[..., None] / 2
+            step = rows["scale"][..., None] / 2
         elif codec == "fp8":  # 3 bits of mantissa; and the smallest code
-            step = x.abs() / 16 + rows.scale[..., None] * 2.0**-7
+            step = x.abs() / 16 + rows["scale"][..., None] * 2.0**-7
         elif x is k:
             full = n // GROUP
             step = torch.zeros_like(x)
-            step[:, :, : full * GROUP] = rows.scale[:, :, :full].float().repeat_interleave(GROUP, 2) / 2
+            step[:, :, : full * GROUP] = rows["scale"][:, :, :full].float().repeat_interleave(GROUP, 2) / 2
         else:
-            step = rows.scale.float().repeat_interleave(CHANNELS, 3)[..., :size] / 2
+            step = rows["scale"].float().repeat_interleave(CHANNELS, 3)[..., :size] / 2
         assert ((read - x).abs() <= step + 1e-6 * x.abs()).all()
         if kind == "zero":
             assert not read.any()
@@ -189,6 +191,92 @@ class PagedMachine(RuleBasedStateMachine):
 
 def test_lives_of_pages(live: Any) -> None:
     live(PagedMachine, 40)
+
+
+class CodedPagedMachine(RuleBasedStateMachine):
+    """States on one pool of codes: each sequence reads as one that was stored at once in one buffer."""
+
+    @initialize(codec=st.sampled_from(CODED), size=st.sampled_from([1, 40]), page=st.sampled_from([GROUP, 2 * GROUP]))
+    def begin(self, codec: Any, size: int, page: int) -> None:
+        self.codec, self.size, self.drawn = codec, size, torch.Generator().manual_seed(size)
+        self.pool = PagePool(12, page, 1, size, size + 1, codec=codec)
+        nothing = (torch.zeros(1, 0, size), torch.zeros(1, 0, size + 1))
+        self.states = [(PagedKVState(self.pool, 2), [nothing, nothing])]
+
+    @rule(which=st.integers(0, 9), counts=st.lists(st.sampled_from([0, 1, 5, 33, 70]), min_size=2, max_size=2))
+    def append(self, which: int, counts: list[int]) -> None:
+        state, held = self.states[which % len(self.states)]
+        k, v = (torch.randn(2, 1, max(counts), size, generator=self.drawn) for size in (self.size, self.size + 1))
+        try:
+            state.append(k, v, counts)
+        except ValueError as refusal:
+            assert "are free" in str(refusal)
+            return
+        for row, count in enumerate(counts):
+            new = (k[row, :, :count], v[row, :, :count])
+            held[row] = tuple(torch.cat(pair, 1) for pair in zip(held[row], new, strict=True))
+
+    @rule(which=st.integers(0, 9), cut=st.sampled_from([0, 1, 20, 34, 64]))
+    def crop(self, which: int, cut: int) -> None:
+        state, held = self.states[which % len(self.states)]
+        lengths = [max(0, length - cut) for length in state.lengths]
+        try:
+            state.crop_each(lengths)
+        except ValueError as refusal:
+            assert self.codec == "int4" and any(length % GROUP for length in lengths) and "keep a fork" in str(refusal)
+        else:
+            held[:] = [(k[:, :length], v[:, :length]) for (k, v), length in zip(held, lengths, strict=True)]
+
+    @precondition(lambda self: len(self.states) < 4)
+    @rule(which=st.integers(0, 9), rows=st.lists(st.integers(0, 1), min_size=2, max_size=2))
+    def fork(self, which: int, rows: list[int]) -> None:
+        state, held = self.states[which % len(self.states)]
+        self.states.append((state.select(torch.tensor(rows)), [held[row] for row in rows]))
+
+    @invariant()
+    def every_sequence_reads_as_if_alone(self) -> None:
+        for state, held in getattr(self, "states", []):
+            state.check()
+            for row, (k, v) in enumerate(held):
+                alone = KVState(1, 1, max(1, k.shape[1]), self.size, self.size + 1, codec=self.codec)
+                alone.store(k[None], v[None])
+                for got, want in zip(state.numbers(row), alone.numbers(), strict=True):
+                    assert got.equal(want[0])
+
+
+def test_lives_of_pages_of_codes(live: Any) -> None:
+    live(CodedPagedMachine, 25)
+
+
+def test_pages_that_cut_groups_are_refused_or_read_by_the_definition() -> None:
+    with pytest.raises(ValueError, match="int4 and pages of 16 tokens, expected a multiple of 32"):
+        PagePool(2, 16, 1, 8, codec="int4")
+    state = PagedKVState(PagePool(4, 16, 1, 8, codec="int8"), 1)
+    state.append(torch.ones(1, 1, 20, 8), torch.ones(1, 1, 20, 8))
+    why = attnkit.explain(attnkit.softmax_attention_step, torch.ones(1, 1, 1, 8), state)
+    assert why.chosen == "reference"
+    if native.STATUS.available:
+        assert "int8 codes are on pages of 16 tokens, the kernel takes multiples of 32" in str(why)
+
+
+@pytest.mark.parametrize("codec", [None, *CODED])
+def test_a_copy_may_begin_later(codec: Any) -> None:
+    x = torch.randn(2, 1, 200, 40, generator=torch.Generator().manual_seed(0))
+    state = KVState(2, 1, 150, 40, codec=codec)
+    state.store(x[:, :, :150], x[:, :, :150])
+    later = state.grown(140, 64)
+    later.store(x[:, :, 150:], x[:, :, 150:])
+    want = KVState(2, 1, 200, 40, codec=codec)
+    want.store(x, x)
+    for got, whole in zip(later.numbers(), want.numbers(), strict=True):
+        assert got.equal(whole[:, :, 64:])
+    if codec == "int4":
+        with pytest.raises(ValueError, match="start is 32, expected a multiple of 64 with int4"):
+            state.grown(200, 32)
+    with pytest.raises(ValueError, match="start is 151, expected 0 to 150"):
+        state.grown(200, 151)
+    with pytest.raises(ValueError, match="capacity is 85, expected at least 86"):
+        state.grown(85, 64)
 
 
 def test_an_empty_pool_refuses_with_both_numbers() -> None:

@@ -128,7 +128,7 @@ FAULTS: dict[str, tuple[type, Callable[[Any], Any], Callable[[int], None]]] = {
     ),
     "the waiting keys of a group are lost": (
         kv.GroupedKeys,
-        lambda right: lambda self, length: self.recent.zero_() and None,
+        lambda right: lambda self, length: self.waiting.recent.zero_() and None,
         lambda seed: of_state("int4", seed),
     ),
     "a sum goes back by name only": (

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import attnkit
 from attnkit import native
-from attnkit.state import KVState, PagedKVState, PagePool, codec, kv
+from attnkit.state import KVState, PagedKVState, PagePool, codec
 from attnkit.state.codec import CHANNELS, GROUP
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -26,11 +26,12 @@ def runs(full: bool, quick: int, long: int, **more: Any) -> settings:
 
 
 def pages_are_one_buffer(how: settings) -> None:
-    """Sequences on scrambled pages, every slot that holds no token NaN, against each alone in one buffer."""
+    """Sequences on scrambled pages, every slot that holds no token broken, against each alone in one buffer."""
 
     @how
     @given(
         page=st.sampled_from([1, 8, 16, 32]),
+        form=st.sampled_from([None, None, "int8", "fp8", "int4"]),
         lengths=st.lists(st.integers(1, 90), min_size=1, max_size=3),
         dropped=st.integers(0, 20),
         queries=st.integers(1, 3),
@@ -39,15 +40,23 @@ def pages_are_one_buffer(how: settings) -> None:
         seed=st.integers(0, 99),
     )
     def check(
-        page: int, lengths: list[int], dropped: int, queries: int, window: int | None, dtype: torch.dtype, seed: int
+        page: int,
+        form: Any,
+        lengths: list[int],
+        dropped: int,
+        queries: int,
+        window: int | None,
+        dtype: torch.dtype,
+        seed: int,
     ) -> None:
+        page = page if form is None else 32 * (1 + page // 32)
         generator = torch.Generator().manual_seed(seed)
         b, n = len(lengths), max(lengths) + dropped
         q, k, v = (torch.randn(b, h, n, 16, generator=generator).to(dtype) for h in (4, 2, 2))
-        pool = PagePool(b * -(-n // page) + 3, page, 2, 16, dtype=dtype)
+        pool = PagePool(b * -(-n // page) + 3, page, 2, 16, dtype=dtype, codec=form)
         pool._free[:] = [pool._free[i] for i in torch.randperm(pool.free, generator=generator).tolist()]
-        pool.k.fill_(torch.nan)
-        pool.v.fill_(torch.nan)
+        for x in pool.tensors:
+            broken(x)
         state = PagedKVState(pool, b)
         state.append(k, v, [length + dropped for length in lengths])
         state.crop_each(lengths)
@@ -59,7 +68,7 @@ def pages_are_one_buffer(how: settings) -> None:
             together = attnkit.softmax_attention_step(newest, state, mask=mask, backend=backend)
             assert together.isfinite().all(), "a slot without a token was read"
             for row, length in enumerate(lengths):
-                alone = KVState(1, 2, length, 16, dtype=dtype)
+                alone = KVState(1, 2, length, 16, dtype=dtype, codec=form)
                 alone.append(k[row : row + 1, :, :length], v[row : row + 1, :, :length])
                 wanted = attnkit.softmax_attention_step(newest[row : row + 1], alone, mask=mask, backend=backend)
                 assert together[row : row + 1].equal(wanted)
@@ -68,13 +77,17 @@ def pages_are_one_buffer(how: settings) -> None:
 
 
 def poison(state: PagedKVState) -> None:
-    """NaN into every slot behind the last token of a sequence."""
+    """NaN, or codes of nothing, into every slot behind the last token of a sequence, or behind its last full group."""
     pool = state.pool
     for row, length in enumerate(state.lengths):
         last = state.pages(row)[-1]
         if length % pool.page:
-            pool.k[last, :, length % pool.page :] = torch.nan
-            pool.v[last, :, length % pool.page :] = torch.nan
+            for x in pool.tensors:
+                broken(x[last, :, length % pool.page * x.shape[2] // pool.page :])
+
+
+def broken(x: Tensor) -> None:
+    x.fill_(torch.nan if x.is_floating_point() else 0x7F)
 
 
 def test_pages_have_the_bits_of_one_buffer(full: bool) -> None:
@@ -90,16 +103,16 @@ def off_by_one_page(right: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def a_slot_too_many(right: Callable[..., Any]) -> Callable[..., Any]:
-    def read(self: PagedKVState, row: int) -> tuple[Tensor, Tensor]:
+    def numbers(self: PagedKVState, row: int) -> tuple[Tensor, Tensor]:
         pages = torch.tensor(self.pages(row))
         k, v = (x[pages].transpose(0, 1).flatten(1, 2)[:, : self.lengths[row] + 1] for x in (self.pool.k, self.pool.v))
         return k, v
 
-    return read
+    return numbers
 
 
 FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "a slot behind the last token is read": ("read", a_slot_too_many),
+    "a slot behind the last token is read": ("numbers", a_slot_too_many),
     **({"tables are shifted": ("packed", off_by_one_page)} if native.STATUS.available else {}),
 }
 
@@ -207,11 +220,11 @@ CODE_FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
         "_toward",
         lambda right: lambda x, end: x.to(torch.bfloat16),
     ),
-    "a full group waits on": (kv.GroupedKeys, "_encode", lambda right: lambda self, group: None),
+    "a full group waits on": (codec, "put_group", lambda right: lambda tensors, group, made: None),
     "groups begin one token late": (
-        kv.GroupedKeys,
-        "_encode",
-        lambda right: lambda self, group: (self.recent.copy_(self.recent.roll(1, 2)), right(self, group)),
+        codec.KeyGroups,
+        "encode",
+        lambda right: lambda self, x: right(self, x.roll(1, 2)),
     ),
     "values share the keys' axis": (
         codec,

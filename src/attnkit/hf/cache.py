@@ -9,7 +9,8 @@ import torch
 from transformers import cache_utils as theirs
 
 from attnkit.hf.chosen import PolicyLayer
-from attnkit.hf.layers import CodedLayer, FullLayer, HybridLayer, IndexedLayer, LatentLayer, PagedLayer, WindowLayer
+from attnkit.hf.layers import CodedLayer, FullLayer, HybridLayer, IndexedLayer, LatentLayer, PagedLayer
+from attnkit.hf.windows import CodedWindowLayer, WindowLayer
 from attnkit.state.codec import Codec
 from attnkit.state.policies import Policy, StreamingLLM
 
@@ -28,10 +29,9 @@ class Cache(theirs.Cache):
     ----------
     config: the model's configuration.
     dtype: what keys and values are stored in. A floating dtype or its name ("bf16", "fp16", "fp32", "fp64") has to be
-        what the model computes them in; "int8", "fp8" and "int4" quantise the layers of full attention (a window keeps
-        few tokens, as they come), and None takes the model's.
-    paged: full attention keeps its tokens on pages of 64, which beams share as long as they say the same; needs
-        ``max_length`` and keeps numbers as they come.
+        what the model computes them in; "int8", "fp8" and "int4" quantise, and None takes the model's.
+    paged: full attention keeps its tokens on pages of 64, quantised or not, which beams share as long as they say the
+        same; needs ``max_length``.
     max_length: tokens a sequence may reach; a token past it is refused. None grows.
     policy: what the layers of full attention keep or read of their tokens, such as
         ``attnkit.state.policies.SnapKV(1024)``; each layer takes the policy's ``for_layer``. It looks at queries, so
@@ -39,8 +39,8 @@ class Cache(theirs.Cache):
 
     Raises
     ------
-    NotImplementedError: a layer type that cannot be kept yet, quantised pages, or a policy beside either. TypeError: a
-    policy that is none. ValueError: an unknown dtype, a wrong length, pages without one.
+    NotImplementedError: a layer type that cannot be kept yet, or a policy beside codes or pages. TypeError: a policy
+    that is none. ValueError: an unknown dtype, a wrong length, pages without one.
     """
 
     def __init__(
@@ -54,8 +54,6 @@ class Cache(theirs.Cache):
         if max_length is not None and (isinstance(max_length, bool) or max_length < 1):
             raise ValueError(f"Cache got max_length {max_length}, expected at least 1 or None")
         codec = _CODECS.get(str(dtype))
-        if paged and codec:
-            raise NotImplementedError(f"Cache got paged=True and dtype {codec!r}, expected one of them: leave one out")
         if paged and max_length is None:
             raise ValueError("Cache got paged=True and no max_length: say how many tokens its pages have to hold")
         text = config.get_text_config(decoder=True)
@@ -130,7 +128,10 @@ class _Form:
             case "full_attention":
                 return self._full() if policy is None else PolicyLayer(policy, self.dtype, self.max_length)
             case "sliding_attention" | "chunked_attention":
-                return WindowLayer(options["sliding_window"], self.dtype, self.max_length)
+                window = options["sliding_window"]
+                if self.codec is not None:
+                    return CodedWindowLayer(self.codec, window, self.max_length)
+                return WindowLayer(window, self.dtype, self.max_length)
             case "indexed_attention" if self.latent and not (self.codec or self.paged):
                 return IndexedLayer(self.dtype, self.max_length)
             case "hybrid" if not (self.codec or self.paged):
@@ -143,9 +144,9 @@ class _Form:
         )
 
     def _full(self) -> FullLayer:
-        if self.codec is not None:
-            return CodedLayer(self.codec, self.max_length)
         if self.paged:
             assert self.max_length is not None
-            return PagedLayer(self.dtype, self.max_length)
+            return PagedLayer(self.dtype, self.max_length, self.codec)
+        if self.codec is not None:
+            return CodedLayer(self.codec, self.max_length)
         return (LatentLayer if self.latent else FullLayer)(self.dtype, self.max_length)

@@ -13,11 +13,11 @@ from attnkit.state import KVState, LatentState, PagedKVState, PagePool
 from attnkit.state.codec import Codec
 from attnkit.state.tokens import TokenState
 
-_FIRST = 256  # tokens of a buffer that nobody gave a size
+FIRST = 256  # tokens of a buffer that nobody gave a size
 PAGE = 64  # tokens of a page
 
 
-class _Layer(theirs.CacheLayerMixin):
+class Layer(theirs.CacheLayerMixin):
     """What both kinds of layer check and say."""
 
     is_compileable = False
@@ -52,14 +52,14 @@ class _Layer(theirs.CacheLayerMixin):
     prefetch = offload
 
 
-def _removed(tokens: int, length: int) -> int:
+def removed(tokens: int, length: int) -> int:
     """Tokens left after ``crop(tokens)``, which Transformers calls with a number that is not positive."""
     if not -length <= tokens <= 0:
         raise ValueError(f"crop got {tokens}, expected 0 to {-length}: minus the number of tokens to remove")
     return length + tokens
 
 
-class FullLayer(_Layer):
+class FullLayer(Layer):
     """Every token, in a ``KVState`` that is made larger by doubling."""
 
     is_sliding = False
@@ -75,7 +75,7 @@ class FullLayer(_Layer):
 
     @property
     def _batch(self) -> int:
-        return self.state.like["k"].shape[0] if isinstance(self.state, KVState) else 0
+        return self.state.layout.batch if isinstance(self.state, KVState) else 0
 
     def _made(self, capacity: int, k: Tensor, v: Tensor) -> KVState | PagedKVState | LatentState:
         b, g, _, d = k.shape
@@ -84,7 +84,7 @@ class FullLayer(_Layer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for sequences and heads like those of ``key_states`` ``(b, g, m, d)``."""
         with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside of it
-            self.state = self._made(max(self.max_length or _FIRST, key_states.shape[2]), key_states, value_states)
+            self.state = self._made(max(self.max_length or FIRST, key_states.shape[2]), key_states, value_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ class FullLayer(_Layer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens."""
-        self._move(_removed(tokens_to_remove, self.get_seq_length()))
+        self._move(removed(tokens_to_remove, self.get_seq_length()))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence ``i`` becomes a copy of sequence ``beam_idx[i]``."""
@@ -208,7 +208,7 @@ class IndexedLayer(LatentLayer):
         if self.index is None or (self.index.length == 0 and self.index.buffers["index"].shape[0] != b):
             with torch.inference_mode(False):
                 fields, like = {"index": (1, size)}, indexer_key_states
-                self.index = TokenState(b, self.max_length or _FIRST, fields, dtype=like.dtype, device=like.device)
+                self.index = TokenState(b, self.max_length or FIRST, fields, dtype=like.dtype, device=like.device)
         if (length := self.index.length + m) > self.index.capacity:
             with torch.inference_mode(False):
                 self.index = self.index.grown(max(length, 2 * self.index.capacity))
@@ -274,6 +274,15 @@ class HybridLayer(theirs.LinearAttentionLayer, FullLayer):  # type: ignore[overr
         )
 
 
+def _check_guesses(codec: Codec | None) -> None:
+    """Refuse ``crop`` after each call for int4, because its guesses would read other numbers than its text."""
+    if codec == "int4":
+        raise NotImplementedError(
+            "int4 keys are rounded in groups of tokens, which a guess would complete too early: leave out "
+            "prompt_lookup_num_tokens and assistant_model, or use dtype='int8'"
+        )
+
+
 class CodedLayer(FullLayer):
     """Every token, quantised; what is handed on are codes, which the attention function reads in place."""
 
@@ -282,12 +291,8 @@ class CodedLayer(FullLayer):
         self.codec: Codec = codec
 
     def activate_past_recording(self) -> None:
-        """Allow ``crop`` after each call: int4 cannot, because its guesses would read other numbers than its text."""
-        if self.codec == "int4":
-            raise NotImplementedError(
-                "int4 keys are rounded in groups of tokens, which a guess would complete too early: leave out "
-                "prompt_lookup_num_tokens and assistant_model, or use dtype='int8'"
-            )
+        """Allow ``crop`` after each call."""
+        _check_guesses(self.codec)
 
     def _made(self, capacity: int, k: Tensor, v: Tensor) -> KVState:
         b, g, _, d = k.shape
@@ -303,25 +308,28 @@ class CodedLayer(FullLayer):
         """No numbers are kept."""
 
 
-def _reorder(held: Tensor, rows: Tensor) -> None:
-    rows = rows.to(held.device)
-    if not torch.equal(rows, torch.arange(held.shape[0], device=held.device)):
-        held.copy_(held.index_select(0, rows))
-
-
 class PagedLayer(FullLayer):
     """Every token, on pages that beams share as long as they say the same; reordering them copies no page.
 
-    A pool has room for ``max_length`` tokens of each sequence of the first batch and is not made larger.
+    A pool has room for ``max_length`` tokens of each sequence of the first batch and is not made larger. With a codec
+    what is handed on are codes, as by ``CodedLayer``.
     """
 
-    def __init__(self, dtype: torch.dtype | None, max_length: int) -> None:
+    def __init__(self, dtype: torch.dtype | None, max_length: int, codec: Codec | None = None) -> None:
         super().__init__(dtype, max_length)
+        self.codec = codec
+
+    def activate_past_recording(self) -> None:
+        """Allow ``crop`` after each call."""
+        _check_guesses(self.codec)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, in use or not."""
-        return self.state.pool.nbytes if isinstance(self.state, PagedKVState) else 0
+        if not isinstance(self.state, PagedKVState):
+            return 0
+        recent = self.state.rows[0].get("recent")
+        return self.state.pool.nbytes + (recent.nbytes if recent is not None else 0)
 
     @property
     def _batch(self) -> int:
@@ -330,14 +338,16 @@ class PagedLayer(FullLayer):
     def _made(self, capacity: int, k: Tensor, v: Tensor) -> PagedKVState:
         b, g, _, d = k.shape
         pages = b * -(-capacity // PAGE)
-        return PagedKVState(PagePool(pages, PAGE, g, d, v.shape[3], dtype=k.dtype, device=k.device), b)
+        pool = PagePool(pages, PAGE, g, d, v.shape[3], dtype=k.dtype, device=k.device, codec=self.codec)
+        return PagedKVState(pool, b)
 
     def _make_room(self, length: int) -> None:
         """The pool has it, or refuses."""
 
     def _seen(self, k: Tensor, v: Tensor, before: int) -> tuple[Tensor, Tensor]:
         assert isinstance(self.state, PagedKVState)
-        return carried(self.state, k, v) if before else (k, v)
+        as_it_came = before == 0 and self.codec in (None, "int4")
+        return (k, v) if as_it_came else carried(self.state, k, v)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence ``i`` has the pages of sequence ``beam_idx[i]``; no number moves."""
@@ -352,137 +362,3 @@ class PagedLayer(FullLayer):
 
     def _refresh(self) -> None:
         """No numbers are kept."""
-
-
-class WindowLayer(_Layer):
-    """The last ``window`` tokens, in order, in a buffer of up to twice as many.
-
-    When the buffer is full the newest ``window - 1`` tokens move to its front: one token moved for each token added,
-    and keys always lie in the order of their positions, so that every mask can be applied to them.
-    """
-
-    is_sliding = True
-
-    def __init__(self, window: int, dtype: torch.dtype | None = None, max_length: int | None = None) -> None:
-        super().__init__(dtype, max_length)
-        self.sliding_window, self.record_past = int(window), False
-        self._buffers: tuple[Tensor, Tensor] | None = None
-        self._first = self._held = 0  # position of the token in slot 0, and how many slots hold a token
-        self._since = 0  # while the past is recorded, what a query at this position sees is kept
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        return sum(buffer.nbytes for buffer in self._buffers or ())
-
-    def activate_past_recording(self) -> None:
-        """Keep what ``crop`` may go back to, until it is called."""
-        self.record_past, self._since = True, self.get_seq_length()
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for sequences and heads like those of ``key_states`` ``(b, g, m, d)``."""
-        self._buffers, self._first, self._held = None, 0, 0
-        self._grow(min(_FIRST, 2 * self.sliding_window), key_states, value_states)
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store keys ``(b, g, m, d)`` and values ``(b, g, m, e)``; return those that the new tokens may see."""
-        m, length = key_states.shape[2], self.get_seq_length()
-        self._check(key_states, value_states, length + m)
-        if self._buffers is None or (length == 0 and self._buffers[0].shape[0] != key_states.shape[0]):
-            self.lazy_initialization(key_states, value_states)
-        assert self._buffers is not None
-        before = min(length, self.sliding_window - 1)
-        kept = before
-        if self.record_past:
-            kept = self._held - max(0, min(self._since, length) - (self.sliding_window - 1) - self._first)
-        if self._held + m > self._buffers[0].shape[2]:
-            if kept + m > 2 * self.sliding_window and not self.record_past:
-                return self._replace(key_states, value_states, before)
-            self._make_room(kept, m, key_states, value_states)
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self._held : self._held + m] = new
-        self._held += m
-        self.keys, self.values = (b[:, :, self._held - before - m : self._held] for b in self._buffers)
-        return self.keys, self.values
-
-    def _replace(self, k: Tensor, v: Tensor, before: int) -> tuple[Tensor, Tensor]:
-        """More new tokens than fit, as in a prefill: hand them on as they came, keep the last."""
-        assert self._buffers is not None
-        m, length = k.shape[2], self.get_seq_length()
-        kept = min(before + m, self.sliding_window - 1)
-        seen = []
-        for i, new in enumerate((k, v)):
-            buffer = self._buffers[i]
-            seen.append(torch.cat([buffer[:, :, self._held - before : self._held], new], 2) if before else new)
-        self._first, self._held = length + m - kept, 0
-        if kept > self._buffers[0].shape[2]:
-            self._grow(2 * self.sliding_window, k, v)
-        for buffer, new in zip(self._buffers, seen, strict=True):
-            buffer[:, :, :kept] = new[:, :, new.shape[2] - kept :]
-        self._held = kept
-        self.keys, self.values = seen
-        return seen[0], seen[1]
-
-    def _make_room(self, kept: int, m: int, k: Tensor, v: Tensor) -> None:
-        """Move the newest ``kept`` tokens to the front of a buffer with room for ``m`` more."""
-        assert self._buffers is not None
-        capacity = self._buffers[0].shape[2]
-        self._first, low = self.get_seq_length() - kept, self._held - kept
-        moved = [buffer[:, :, low : self._held].clone() for buffer in self._buffers]
-        if kept + m > capacity or (capacity < 2 * self.sliding_window and kept > capacity // 2):
-            bound = kept + m if self.record_past else 2 * self.sliding_window
-            self._held = 0
-            self._grow(max(kept + m, min(2 * capacity, max(bound, 2 * self.sliding_window))), k, v)
-        for buffer, old in zip(self._buffers, moved, strict=True):
-            buffer[:, :, :kept] = old
-        self._held = kept
-
-    def _grow(self, capacity: int, k: Tensor, v: Tensor) -> None:
-        with torch.inference_mode(False):
-            one, other = (x.new_zeros(*x.shape[:2], capacity, x.shape[3]) for x in (k, v))
-        self._buffers = one, other
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that ``query_length`` more tokens attend to, and the position of the first."""
-        before = min(self.get_seq_length(), self.sliding_window - 1)
-        return before + query_length, self.get_seq_length() - before
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, those let go of included."""
-        return self._first + self._held
-
-    def get_max_length(self) -> int:
-        """Tokens kept."""
-        return self.sliding_window
-
-    def reset(self) -> None:
-        """Forget every token and keep the buffers."""
-        self._first = self._held = self._since = 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens; refused where the next query would see tokens let go of."""
-        length = self.get_seq_length()
-        left = _removed(tokens_to_remove, length)
-        if left < length and max(0, left - (self.sliding_window - 1)) < self._first:
-            raise ValueError(
-                f"Cache cannot go back from {length} to {left} tokens, a window of {self.sliding_window} has let go of "
-                f"those before {self._first}: call activate_past_recording() before the tokens that may be cropped"
-            )
-        self._held, self._since = left - self._first, left
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence ``i`` becomes a copy of sequence ``beam_idx[i]``."""
-        for buffer in self._buffers or ():
-            _reorder(buffer[:, :, : self._held], beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence ``repeats`` times."""
-        if self._buffers is not None:
-            self.batch_select_indices(torch.arange(self._buffers[0].shape[0]).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences ``indices``, in that order."""
-        if self._buffers is not None:
-            one, other = (buffer.index_select(0, indices.to(buffer.device)) for buffer in self._buffers)
-            self._buffers = one, other

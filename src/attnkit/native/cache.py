@@ -29,5 +29,5 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
 
 ERRORS = {
     20: "a quantised cache lacks scales, or its groups have another size",
-    21: "a page table has too few pages or names one that does not exist, or a quantised cache is on pages",
+    21: "a page table has too few pages or names one that does not exist, or pages of codes cut a tile or group",
 }

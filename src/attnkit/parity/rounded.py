@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 _TOKENS = _CHANNELS = 32  # that share a scale in int4: of keys, and of values
 
@@ -31,10 +31,28 @@ class RoundedLayer(DynamicLayer):
         return _scaled(self.codec, k), _scaled(self.codec, v)
 
 
+class RoundedWindowLayer(DynamicSlidingWindowLayer):
+    """The same of a sliding window: the newest of what a layer that keeps all would hand on."""
+
+    def __init__(self, codec: str, window: int) -> None:
+        super().__init__(window)
+        self.whole = RoundedLayer(codec)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store keys and values ``(b, g, m, size)``; return those that the new tokens may see, rounded."""
+        seen = super().update(key_states, value_states, *args, **kwargs)[0].shape[2]
+        k, v = self.whole.update(key_states, value_states)
+        return k[:, :, k.shape[2] - seen :], v[:, :, v.shape[2] - seen :]
+
+
 def rounded(config: Any, codec: str) -> DynamicCache:
-    """Transformers' cache, whose layers of full attention round as ``codec`` does."""
+    """Transformers' cache, whose layers of full attention and of sliding windows round as ``codec`` does."""
     made = DynamicCache(config=config)
-    made.layers = [RoundedLayer(codec) if type(layer) is DynamicLayer else layer for layer in made.layers]
+    for i, layer in enumerate(made.layers):
+        if type(layer) is DynamicLayer:
+            made.layers[i] = RoundedLayer(codec)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            made.layers[i] = RoundedWindowLayer(codec, layer.sliding_window)
     return made
 
 

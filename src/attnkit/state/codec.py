@@ -24,6 +24,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, Self, TypeVar, get_args
 
 import torch
@@ -47,6 +48,19 @@ def checked_codec(where: str, codec: str | None) -> str | None:
     return codec
 
 
+class PlainRows:
+    """Numbers as they are, ``(b, heads, capacity, size)``."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.tensors = {"numbers": numbers}
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        return {"numbers": x}
+
+    def decode(self, held: dict[str, Tensor]) -> Tensor:
+        return held["numbers"]
+
+
 class ScaledRows:
     """Rows of codes with one scale each: ``int8`` and ``fp8``."""
 
@@ -59,14 +73,22 @@ class ScaledRows:
     def tensors(self) -> dict[str, Tensor]:
         return {"codes": self.codes, "scale": self.scale}
 
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """What is kept of tokens ``x`` ``(b, heads, m, size)``, by the names of ``tensors``."""
+        codes, scale = encode_scaled(self.codec, x)
+        return {"codes": codes, "scale": scale}
+
+    def decode(self, held: dict[str, Tensor]) -> Tensor:
+        """The inverse, as float32."""
+        return decode_scaled(self.codec, held["codes"], held["scale"])
+
     def write(self, start: int, x: Tensor) -> None:
         """Encode tokens ``x`` ``(b, heads, m, size)`` from ``start`` on."""
-        end = start + x.shape[2]
-        self.codes[:, :, start:end], self.scale[:, :, start:end] = encode_scaled(self.codec, x)
+        _put(self.tensors, start, self.encode(x))
 
     def read(self, length: int) -> Tensor:
         """The first ``length`` tokens as float32."""
-        return decode_scaled(self.codec, self.codes[:, :, :length], self.scale[:, :, :length])
+        return self.decode({name: x[:, :, :length] for name, x in self.tensors.items()})
 
     def crop(self, length: int) -> str | None:
         return None
@@ -89,21 +111,27 @@ class GroupedValues:
     def tensors(self) -> dict[str, Tensor]:
         return {"codes": self.codes, "scale": self.scale, "zero": self.zero}
 
-    def write(self, start: int, x: Tensor) -> None:
-        """Encode tokens ``x`` ``(b, heads, m, size)`` from ``start`` on."""
-        end, groups = start + x.shape[2], self.scale.shape[3]
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """What is kept of tokens ``x`` ``(b, heads, m, size)``, by the names of ``tensors``."""
+        groups = self.scale.shape[3]
         wide = x.float()
         if rest := groups * CHANNELS - self.size:  # repeats the last number, which changes no group's range
             wide = torch.cat([wide, wide[..., -1:].expand(*wide.shape[:-1], rest)], -1)
         scale, zero, codes = encode_affine(wide.unflatten(-1, (groups, CHANNELS)), -1)
-        self.scale[:, :, start:end], self.zero[:, :, start:end] = scale[..., 0], zero[..., 0]
-        self.codes[:, :, start:end] = pack(codes.flatten(-2)[..., : self.size])
+        return {"codes": pack(codes.flatten(-2)[..., : self.size]), "scale": scale[..., 0], "zero": zero[..., 0]}
+
+    def decode(self, held: dict[str, Tensor]) -> Tensor:
+        """The inverse, as float32."""
+        scale, zero = (held[name].float().repeat_interleave(CHANNELS, -1) for name in ("scale", "zero"))
+        return zero[..., : self.size] + scale[..., : self.size] * unpack(held["codes"], self.size).float()
+
+    def write(self, start: int, x: Tensor) -> None:
+        """Encode tokens ``x`` ``(b, heads, m, size)`` from ``start`` on."""
+        _put(self.tensors, start, self.encode(x))
 
     def read(self, length: int) -> Tensor:
         """The first ``length`` tokens as float32."""
-        scale, zero = (x[:, :, :length].float().repeat_interleave(CHANNELS, -1) for x in (self.scale, self.zero))
-        codes = unpack(self.codes[:, :, :length], self.size).float()
-        return zero[..., : self.size] + scale[..., : self.size] * codes
+        return self.decode({name: x[:, :, :length] for name, x in self.tensors.items()})
 
     def crop(self, length: int) -> str | None:
         return None
@@ -112,27 +140,40 @@ class GroupedValues:
         return _selected(self, self.tensors, rows)
 
 
-class GroupedKeys:
-    """int4 codes of keys, with scale and zero for each channel and group of tokens, and the ring of those that wait."""
+class KeyGroups:
+    """int4 codes of keys in full groups of tokens, with scale and zero for each channel of a group."""
 
-    def __init__(self, batch: int, heads: int, capacity: int, size: int, dtype: torch.dtype, device: Any) -> None:
+    def __init__(self, batch: int, heads: int, groups: int, size: int, device: Any) -> None:
         self.size = size
-        groups = capacity // GROUP
-        # A group more than can be full, so that no tensor is empty and the kernel has an address.
-        self.codes = memory.zeros(
-            batch, heads, (groups + 1) * GROUP, packed_bytes(size), dtype=torch.uint8, device=device
-        )
-        self.scale = memory.zeros(batch, heads, groups + 1, size, dtype=torch.bfloat16, device=device)
+        self.codes = memory.zeros(batch, heads, groups * GROUP, packed_bytes(size), dtype=torch.uint8, device=device)
+        self.scale = memory.zeros(batch, heads, groups, size, dtype=torch.bfloat16, device=device)
         self.zero = torch.zeros_like(self.scale)
-        self.recent = memory.zeros(batch, heads, 2 * GROUP, size, dtype=dtype, device=device)
-        self.kept = 0  # tokens from here on are still in the ring
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        return {"codes": self.codes, "scale": self.scale, "zero": self.zero, "recent": self.recent}
+        return {"codes": self.codes, "scale": self.scale, "zero": self.zero}
 
-    def write(self, start: int, x: Tensor) -> None:
-        """Take tokens ``x`` ``(b, heads, m, size)`` from ``start`` on, and encode every group that they fill."""
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """What is kept of one group ``x`` ``(b, heads, GROUP, size)``, by the names of ``tensors``."""
+        scale, zero, codes = encode_affine(x.float(), 2)
+        return {"codes": pack(codes), "scale": scale, "zero": zero}
+
+    def decode(self, held: dict[str, Tensor]) -> Tensor:
+        """The tokens of full groups, as float32."""
+        scale, zero = (held[name].float()[:, :, :, None] for name in ("scale", "zero"))
+        codes = unpack(held["codes"], self.size).unflatten(2, (scale.shape[2], GROUP)).float()
+        return torch.Tensor.flatten(zero + scale * codes, 2, 3)
+
+
+class WaitingKeys:
+    """Keys whose group is not full yet, and those of the group before: a ring ``(b, heads, 2 GROUP, size)``."""
+
+    def __init__(self, recent: Tensor, kept: int = 0) -> None:
+        self.recent = recent
+        self.kept = kept  # tokens from here on are still in the ring
+
+    def take(self, start: int, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Take tokens ``x`` ``(b, heads, m, size)`` from ``start`` on; every group that they fill, and its number."""
         taken, m = 0, x.shape[2]
         while taken < m:
             at = start + taken
@@ -142,34 +183,82 @@ class GroupedKeys:
             self.recent[:, :, slot : slot + count] = x[:, :, taken : taken + count]
             taken += count
             if (at + count) % GROUP == 0:
-                self._encode((at + count) // GROUP - 1)
+                group = at // GROUP
+                first = group % 2 * GROUP
+                yield group, self.recent[:, :, first : first + GROUP]
 
-    def _encode(self, group: int) -> None:
-        first = group % 2 * GROUP
-        scale, zero, codes = encode_affine(self.recent[:, :, first : first + GROUP].float(), 2)
-        self.scale[:, :, group], self.zero[:, :, group] = scale[:, :, 0], zero[:, :, 0]
-        self.codes[:, :, group * GROUP : (group + 1) * GROUP] = pack(codes)
-
-    def read(self, length: int) -> Tensor:
-        """The first ``length`` tokens as float32."""
+    def rest(self, length: int) -> Tensor:
+        """The tokens of a sequence of ``length`` that are in no full group, as float32."""
         groups, rest = divmod(length, GROUP)
-        codes = unpack(self.codes[:, :, : groups * GROUP], self.size).unflatten(2, (groups, GROUP)).float()
-        scale, zero = (x[:, :, :groups, None].float() for x in (self.scale, self.zero))
         first = groups % 2 * GROUP
-        return torch.cat([(zero + scale * codes).flatten(2, 3), self.recent[:, :, first : first + rest].float()], 2)
+        return self.recent[:, :, first : first + rest].float()
 
-    def crop(self, length: int) -> str | None:
+    def refusal(self, length: int) -> str | None:
         """Why there cannot be ``length`` tokens again, if there cannot: a part of a group needs its numbers."""
         if length % GROUP and length // GROUP * GROUP < self.kept:
             return (
                 f"int4 keys are kept as numbers from token {self.kept} on and before that in full groups of {GROUP}: "
                 f"crop to a multiple of {GROUP}, or keep a fork"
             )
+        return None
+
+    def crop(self, length: int) -> None:
         self.kept = min(self.kept, length)
+
+
+class GroupedKeys:
+    """int4 keys of sequences of one length: full groups, and the ring of those that wait."""
+
+    def __init__(self, batch: int, heads: int, capacity: int, size: int, dtype: torch.dtype, device: Any) -> None:
+        # A group more than can be full, so that no tensor is empty and the kernel has an address.
+        self.groups = KeyGroups(batch, heads, capacity // GROUP + 1, size, device)
+        self.waiting = WaitingKeys(waiting_ring(batch, heads, size, dtype, device))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self.groups.tensors, "recent": self.waiting.recent}
+
+    def write(self, start: int, x: Tensor) -> None:
+        """Take tokens ``x`` ``(b, heads, m, size)`` from ``start`` on, and encode every group that they fill."""
+        for group, numbers in self.waiting.take(start, x):
+            put_group(self.groups.tensors, group, self.groups.encode(numbers))
+
+    def read(self, length: int) -> Tensor:
+        """The first ``length`` tokens as float32."""
+        groups = length // GROUP
+        counts = {"codes": groups * GROUP, "scale": groups, "zero": groups}
+        full = {name: x[:, :, : counts[name]] for name, x in self.groups.tensors.items()}
+        return torch.cat([self.groups.decode(full), self.waiting.rest(length)], 2)
+
+    def crop(self, length: int) -> str | None:
+        """Why there cannot be ``length`` tokens again, if there cannot."""
+        if why := self.waiting.refusal(length):
+            return why
+        self.waiting.crop(length)
         return None
 
     def select(self, rows: Tensor) -> Self:
-        return _selected(self, self.tensors, rows)
+        other = object.__new__(type(self))
+        other.groups = _selected(self.groups, self.groups.tensors, rows)
+        ring = self.waiting.recent
+        other.waiting = WaitingKeys(ring.index_select(0, rows.to(ring.device)), self.waiting.kept)
+        return other
+
+
+def waiting_ring(batch: int, heads: int, size: int, dtype: torch.dtype, device: Any) -> Tensor:
+    """Room for the keys that wait."""
+    return memory.zeros(batch, heads, 2 * GROUP, size, dtype=dtype, device=device)
+
+
+def put_group(tensors: dict[str, Tensor], group: int, made: dict[str, Tensor]) -> None:
+    """Write one encoded group of keys in its place."""
+    for name, x in made.items():
+        tensors[name][:, :, group * x.shape[2] : (group + 1) * x.shape[2]] = x
+
+
+def _put(tensors: dict[str, Tensor], start: int, made: dict[str, Tensor]) -> None:
+    for name, x in made.items():
+        tensors[name][:, :, start : start + x.shape[2]] = x
 
 
 def _selected(rows_of: _Rows, tensors: dict[str, Tensor], rows: Tensor) -> _Rows:

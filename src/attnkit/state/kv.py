@@ -7,11 +7,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from attnkit.state.codec import Codec, GroupedKeys, GroupedValues, ScaledRows, checked_codec
+from attnkit.state.codec import GROUP, Codec, GroupedKeys, GroupedValues, ScaledRows, checked_codec
 from attnkit.state.tokens import TokenState, check_new_tokens, check_room
-from attnkit.state.view import View
-
-Rows = ScaledRows | GroupedKeys | GroupedValues
+from attnkit.state.view import Layout, View, layout_of
 
 
 class KVState:
@@ -68,18 +66,16 @@ class KVState:
         return None if isinstance(self._tokens, TokenState) else self._tokens.codec
 
     @property
-    def rows(self) -> tuple[Tensor, Tensor] | tuple[Rows, Rows]:
-        """What is allocated for keys and values, for kernels that read it in place: tensors, or codes and scales."""
+    def rows(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What is allocated for keys and for values, for kernels: ``numbers``, or codes and their scales."""
         if isinstance(self._tokens, TokenState):
-            return self._tokens.buffers["k"], self._tokens.buffers["v"]
-        return self._tokens.k, self._tokens.v
+            return {"numbers": self._tokens.buffers["k"]}, {"numbers": self._tokens.buffers["v"]}
+        return self._tokens.k.tensors, self._tokens.v.tensors
 
     @property
-    def like(self) -> dict[str, Tensor]:
-        """Tensors ``(b, g, 1, size)`` with the shape, dtype and device of a token's ``k`` and ``v``."""
-        if isinstance(self._tokens, TokenState):
-            return {name: x[:, :, :1] for name, x in self._tokens.buffers.items()}
-        return self._tokens.like
+    def layout(self) -> Layout:
+        """What it takes."""
+        return layout_of(**(self._tokens.buffers if isinstance(self._tokens, TokenState) else self._tokens.like))
 
     def append(self, k: Tensor, v: Tensor) -> View:
         """Store ``m`` new tokens, keys ``(b, g, m, d)`` and values ``(b, g, m, e)``; return all keys so far.
@@ -120,9 +116,12 @@ class KVState:
         """A new state whose sequence ``i`` is a copy of sequence ``rows[i]`` (beam search, batch changes)."""
         return self._around(self._tokens.select(rows))
 
-    def grown(self, capacity: int) -> KVState:
-        """A copy with room for ``capacity`` tokens; codes stay as they are."""
-        return self._around(self._tokens.grown(capacity))
+    def grown(self, capacity: int, start: int = 0) -> KVState:
+        """A copy of the tokens from ``start`` on with room for ``capacity``; codes stay as they are.
+
+        int4 keeps whole groups: ``start`` is then a multiple of ``2 GROUP``.
+        """
+        return self._around(self._tokens.grown(capacity, start))
 
     def reorder(self, rows: Tensor) -> None:
         """Sequence ``i`` becomes a copy of sequence ``rows[i]``, in place."""
@@ -203,8 +202,10 @@ class CodedTokens:
             raise ValueError(f"KVState.crop: cannot go back from {self.length} to {length} tokens: {why}")
         self.length = length
 
-    def grown(self, capacity: int) -> CodedTokens:
-        check_room("KVState.grown", capacity, self.length)
+    def grown(self, capacity: int, start: int = 0) -> CodedTokens:
+        check_room("KVState.grown", capacity, self.length, start)
+        if self.codec == "int4" and start % (2 * GROUP):
+            raise ValueError(f"KVState.grown: start is {start}, expected a multiple of {2 * GROUP} with int4")
         k, v = self.like["k"], self.like["v"]
         other = CodedTokens(
             self.codec, k.shape[0], k.shape[1], capacity, k.shape[3], v.shape[3], dtype=k.dtype, device=k.device
@@ -212,11 +213,14 @@ class CodedTokens:
         for old, new in ((self.k, other.k), (self.v, other.v)):
             for name, x in old.tensors.items():
                 room = new.tensors[name]
-                most = min(x.shape[2], room.shape[2])
-                room[:, :, :most] = x[:, :, :most]
+                # Of keys in groups the ring stays as it is, and a group has one row of scales.
+                grouped = isinstance(old, GroupedKeys) and name != "codes"
+                skip = (0 if name == "recent" else start // GROUP) if grouped else start
+                most = min(x.shape[2] - skip, room.shape[2])
+                room[:, :, :most] = x[:, :, skip : skip + most]
         if isinstance(self.k, GroupedKeys) and isinstance(other.k, GroupedKeys):
-            other.k.kept = self.k.kept
-        other.length = self.length
+            other.k.waiting.kept = max(0, self.k.waiting.kept - start)
+        other.length = self.length - start
         return other
 
     def reorder(self, rows: Tensor) -> None:

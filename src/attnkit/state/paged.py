@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from attnkit.native import memory
+from attnkit.state.codec import (
+    GROUP,
+    Codec,
+    GroupedValues,
+    KeyGroups,
+    PlainRows,
+    ScaledRows,
+    WaitingKeys,
+    checked_codec,
+    put_group,
+    waiting_ring,
+)
 from attnkit.state.tokens import check_new_tokens
-from attnkit.state.view import View
+from attnkit.state.view import Layout, View, layout_of
 
 
 class PagePool:
@@ -21,7 +33,13 @@ class PagePool:
     pages: how many there are; nothing is allocated later.
     page: tokens of a page.
     heads, key_size, value_size: KV heads, and channels of each.
+    dtype: of what is appended and read.
+    codec: how numbers are kept, as in ``KVState``. The kernel reads codes on pages of a multiple of 32 tokens; int4,
+        whose keys are rounded in groups of 32 tokens, takes no others.
     """
+
+    k_rows: PlainRows | ScaledRows | KeyGroups
+    v_rows: PlainRows | ScaledRows | GroupedValues
 
     def __init__(
         self,
@@ -33,6 +51,7 @@ class PagePool:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        codec: Codec | None = None,
     ) -> None:
         value_size = key_size if value_size is None else value_size
         if min(pages, page, heads, key_size, value_size) < 1:
@@ -40,9 +59,26 @@ class PagePool:
                 f"PagePool got {pages} pages of {page} tokens, heads {heads} and sizes {key_size} and {value_size}, "
                 "expected >= 1 of each"
             )
+        self.codec = checked_codec("PagePool", codec)
         # Zeros: a NaN that nobody wrote would still be NaN to a backend that multiplies hidden values by 0.
-        self.k = memory.zeros(pages, heads, page, key_size, dtype=dtype, device=device)
-        self.v = memory.zeros(pages, heads, page, value_size, dtype=dtype, device=device)
+        if self.codec is None:
+            self.k_rows, self.v_rows = (
+                PlainRows(memory.zeros(pages, heads, page, size, dtype=dtype, device=device))
+                for size in (key_size, value_size)
+            )
+        elif self.codec != "int4":
+            self.k_rows, self.v_rows = (
+                ScaledRows(self.codec, pages, heads, page, size, device) for size in (key_size, value_size)
+            )
+        elif page % GROUP:
+            raise ValueError(
+                f"PagePool got int4 and pages of {page} tokens, expected a multiple of {GROUP}: keys of {GROUP} tokens "
+                f"share their scales, which lie on one page"
+            )
+        else:
+            self.k_rows = KeyGroups(pages, heads, page // GROUP, key_size, device)
+            self.v_rows = GroupedValues(pages, heads, page, value_size, device)
+        self.like = _like(1, heads, key_size, value_size, dtype, device)
         self.page = page
         self.keeper: Keeper | None = None
         self._free = list(range(pages - 1, -1, -1))
@@ -56,7 +92,22 @@ class PagePool:
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return self.k.nbytes + self.v.nbytes
+        return sum(x.nbytes for x in self.tensors)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that lies on pages: tensors whose first axis counts these."""
+        return [*self.k_rows.tensors.values(), *self.v_rows.tensors.values()]
+
+    @property
+    def k(self) -> Tensor:
+        """The keys' numbers or codes, ``(pages, heads, page, ...)``."""
+        return next(iter(self.k_rows.tensors.values()))
+
+    @property
+    def v(self) -> Tensor:
+        """The same of values."""
+        return next(iter(self.v_rows.tensors.values()))
 
     def owners(self, page: int) -> int:
         """How many sequences have this page in their table."""
@@ -79,7 +130,8 @@ class PagePool:
     def copy(self, page: int) -> int:
         """A page of its own for one of the owners of ``page``, with the same content."""
         other = self.take()
-        self.k[other], self.v[other] = self.k[page], self.v[page]
+        for x in self.tensors:
+            x[other] = x[page]
         self.release(page)
         return other
 
@@ -94,14 +146,15 @@ class PagePool:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        codec: Codec | None = None,
     ) -> Self:
         """As many pages as ``budget`` bytes hold: a limit that nothing exceeds, since nothing is allocated later."""
-        each = cls(1, page, heads, key_size, value_size, dtype=dtype, device=device).nbytes
+        each = cls(1, page, heads, key_size, value_size, dtype=dtype, device=device, codec=codec).nbytes
         if budget < each:
             raise ValueError(
                 f"PagePool.within: the budget is {budget} bytes and one page of {page} tokens takes {each}"
             )
-        return cls(budget // each, page, heads, key_size, value_size, dtype=dtype, device=device)
+        return cls(budget // each, page, heads, key_size, value_size, dtype=dtype, device=device, codec=codec)
 
     def check(self) -> None:
         """Raise ``AssertionError`` if the bookkeeping is broken."""
@@ -118,7 +171,9 @@ class BorrowedPages(PagePool):
     """
 
     def __init__(self, k: Tensor, v: Tensor) -> None:
-        self.k, self.v, self.page, self.keeper = k, v, k.shape[2], None
+        self.k_rows, self.v_rows, self.codec = PlainRows(k), PlainRows(v), None
+        self.like = _like(1, k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device)
+        self.page, self.keeper = k.shape[2], None
         self._free: list[int] = []
 
     def owners(self, page: int) -> int:
@@ -150,7 +205,7 @@ class PagedKVState:
 
     A fork shares all pages, and a page with several owners is copied before one of them writes on it. An append that
     needs more pages than are free is refused and changes nothing. ``release`` gives the pages back, as does the end of
-    the state's life.
+    the state's life. int4 keys wait beside the pages until their group is full, each sequence's own.
 
     Parameters
     ----------
@@ -165,6 +220,26 @@ class PagedKVState:
         self._tables: list[list[int]] = [[] for _ in range(batch)]
         self._lengths = [0] * batch
         self._packed: tuple[Tensor, Tensor] | None = None
+        self._hold(None)
+
+    def _hold(self, recent: Tensor | None, kept: Sequence[int] = ()) -> None:
+        """Take ``recent`` as the keys that wait; None where there are none yet."""
+        batch, like = len(self._tables), self.pool.like["k"]
+        if self.pool.codec == "int4" and recent is None:
+            recent, kept = waiting_ring(batch, like.shape[1], like.shape[3], like.dtype, like.device), [0] * batch
+        self._recent = recent
+        self._waiting = [WaitingKeys(recent[i : i + 1], kept[i]) for i in range(batch)] if recent is not None else []
+
+    @property
+    def layout(self) -> Layout:
+        """What it takes."""
+        return layout_of(**self.pool.like)._replace(batch=len(self._tables))
+
+    @property
+    def rows(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """As ``KVState.rows``, on pages; what ``recent`` keys there are is by sequence."""
+        keys = self.pool.k_rows.tensors
+        return (keys if self._recent is None else {**keys, "recent": self._recent}), self.pool.v_rows.tensors
 
     def __del__(self) -> None:
         if hasattr(self, "_tables"):
@@ -182,9 +257,10 @@ class PagedKVState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pages in the tables; a page that several states share counts for each."""
+        """Bytes of the pages in the tables, and of keys that wait; a page that several states share counts for each."""
         pages = {page for table in self._tables for page in table}
-        return len(pages) * (self.pool.nbytes // self.pool.k.shape[0])
+        own = 0 if self._recent is None else self._recent.nbytes
+        return len(pages) * (self.pool.nbytes // self.pool.k.shape[0]) + own
 
     def append(self, k: Tensor, v: Tensor, lengths: list[int] | None = None) -> None:
         """Store new tokens, keys ``(b, g, m, d)`` and values ``(b, g, m, e)``.
@@ -193,7 +269,7 @@ class PagedKVState:
         ``ValueError``, and stores nothing, when more pages are needed than are free.
         """
         where, pool = "PagedKVState.append", self.pool
-        like = {name: x[:1, :, :1].expand(len(self._tables), -1, -1, -1) for name, x in (("k", pool.k), ("v", pool.v))}
+        like = {name: x.expand(len(self._tables), -1, -1, -1) for name, x in pool.like.items()}
         m = check_new_tokens(where, {"k": k, "v": v}, like)
         counts = [m] * len(self._tables) if lengths is None else lengths
         if len(counts) != len(self._tables) or not all(0 <= count <= m for count in counts):
@@ -207,8 +283,10 @@ class PagedKVState:
                 f"{where}: needs {needed} more pages of {pool.page} tokens and {room} are free: release states "
                 f"that are done, or make the pool with more pages"
             )
+        keys = {} if isinstance(pool.k_rows, KeyGroups) else pool.k_rows.encode(k)
+        made = [(pool.k_rows.tensors, keys), (pool.v_rows.tensors, pool.v_rows.encode(v))]
         for row, count in enumerate(counts):
-            self._store(row, k[row, :, :count], v[row, :, :count])
+            self._store(row, count, made, k[row : row + 1])
         self._packed = None
 
     def _needed(self, counts: list[int]) -> int:
@@ -225,8 +303,9 @@ class PagedKVState:
         # Whoever writes on a page last may have it, if nobody else holds it.
         return needed + sum(min(writers, self.pool.owners(last) - 1) for last, writers in sharers.items())
 
-    def _store(self, row: int, k: Tensor, v: Tensor) -> None:
-        pool, table, taken, m = self.pool, self._tables[row], 0, k.shape[1]
+    def _store(self, row: int, m: int, made: list[tuple[dict[str, Tensor], dict[str, Tensor]]], k: Tensor) -> None:
+        """Put the first ``m`` new tokens of a sequence on its pages: what was ``made`` of all, and groups of keys."""
+        pool, table, taken = self.pool, self._tables[row], 0
         while taken < m:
             index, slot = divmod(self._lengths[row], pool.page)
             if index == len(table):
@@ -234,8 +313,13 @@ class PagedKVState:
             elif pool.owners(table[index]) > 1:
                 table[index] = pool.copy(table[index])
             count = min(pool.page - slot, m - taken)
-            pool.k[table[index], :, slot : slot + count] = k[:, taken : taken + count]
-            pool.v[table[index], :, slot : slot + count] = v[:, taken : taken + count]
+            for tensors, new in made:
+                for name, x in new.items():
+                    tensors[name][table[index], :, slot : slot + count] = x[row, :, taken : taken + count]
+            if isinstance(pool.k_rows, KeyGroups):
+                on_page = {name: x[table[index] : table[index] + 1] for name, x in pool.k_rows.tensors.items()}
+                for group, numbers in self._waiting[row].take(self._lengths[row], k[:, :, taken : taken + count]):
+                    put_group(on_page, group % (pool.page // GROUP), pool.k_rows.encode(numbers))
             self._lengths[row] += count
             taken += count
 
@@ -254,15 +338,29 @@ class PagedKVState:
         return View(k, v, self.length)
 
     def _nothing(self, which: int) -> Tensor:
-        pool = (self.pool.k, self.pool.v)[which]
-        return pool.new_zeros(0, pool.shape[1], 0, pool.shape[3])
+        like = self.pool.like["kv"[which]]
+        return like.new_zeros(0, like.shape[1], 0, like.shape[3])
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
-        """Copies of the keys ``(g, n, d)`` and values ``(g, n, e)`` of one sequence."""
-        pages = torch.tensor(self._tables[row], dtype=torch.int64, device=self.pool.k.device)
-        length = self._lengths[row]
-        k, v = (x[pages].transpose(0, 1).flatten(1, 2)[:, :length] for x in (self.pool.k, self.pool.v))
-        return k, v
+        """Copies of the keys ``(g, n, d)`` and values ``(g, n, e)`` of one sequence, in the state's dtype."""
+        k, v = self.numbers(row)
+        dtype = self.pool.like["k"].dtype
+        return k.to(dtype), v.to(dtype)
+
+    def numbers(self, row: int) -> tuple[Tensor, Tensor]:
+        """The same, what codes mean in float32."""
+        pool, length = self.pool, self._lengths[row]
+        pages = torch.tensor(self._tables[row], dtype=torch.int64, device=pool.k.device)
+        whole = length // GROUP * GROUP if isinstance(pool.k_rows, KeyGroups) else length  # the other keys wait
+
+        def held(tensors: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+            rows = {name: x[pages].transpose(0, 1).flatten(1, 2)[None] for name, x in tensors.items()}
+            return {name: x[:, :, : tokens * tensors[name].shape[2] // pool.page] for name, x in rows.items()}
+
+        k = pool.k_rows.decode(held(pool.k_rows.tensors, whole))
+        if self._waiting:
+            k = torch.cat([k, self._waiting[row].rest(length)], 2)
+        return k[0], pool.v_rows.decode(held(pool.v_rows.tensors, length))[0]
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """Page tables int32 ``(b, pages)``, 0 after the last, and lengths int64 ``(b,)``, for kernels."""
@@ -282,6 +380,9 @@ class PagedKVState:
     def adopt(self, row: int, pages: Sequence[int], length: int) -> None:
         """Let the empty sequence ``row`` begin with the first ``length`` tokens on ``pages``, which it then shares."""
         assert not self._tables[row] and len(pages) == -(-length // self.pool.page)
+        if self._waiting:
+            assert length % GROUP == 0  # what of a group is not full waits with another sequence
+            self._waiting[row].kept = length
         self._tables[row], self._lengths[row] = [self.pool.share(page) for page in pages], length
         self._packed = None
 
@@ -299,6 +400,11 @@ class PagedKVState:
                 f"PagedKVState.crop_each: lengths is {lengths}, expected a number for each sequence from 0 to what it "
                 f"holds, {self._lengths}"
             )
+        for waiting, old, new in zip(self._waiting, self._lengths, lengths, strict=bool(self._waiting)):
+            if why := waiting.refusal(new):
+                raise ValueError(f"PagedKVState.crop_each: cannot go back from {old} to {new} tokens: {why}")
+        for waiting, new in zip(self._waiting, lengths, strict=bool(self._waiting)):
+            waiting.crop(new)
         for table, length in zip(self._tables, lengths, strict=True):
             while len(table) > -(-length // self.pool.page):
                 self.pool.release(table.pop())
@@ -316,6 +422,8 @@ class PagedKVState:
         picked = rows.tolist()
         other._tables = [[self.pool.share(page) for page in self._tables[row]] for row in picked]
         other._lengths = [self._lengths[row] for row in picked]
+        recent = None if self._recent is None else self._recent.index_select(0, rows.to(self._recent.device))
+        other._hold(recent, [self._waiting[row].kept for row in picked] if self._waiting else ())
         return other
 
     def release(self) -> None:
@@ -324,6 +432,8 @@ class PagedKVState:
             while table:
                 self.pool.release(table.pop())
         self._lengths = [0] * len(self._lengths)
+        for waiting in self._waiting:
+            waiting.kept = 0
         self._packed = None
         if self.pool.keeper is not None:
             self.pool.keeper.forget(self)
@@ -334,3 +444,9 @@ class PagedKVState:
         for table, length in zip(self._tables, self._lengths, strict=True):
             assert len(table) == -(-length // self.pool.page)
             assert all(self.pool.owners(page) > 0 for page in table)
+
+
+def _like(batch: int, heads: int, key_size: int, value_size: int, dtype: torch.dtype, device: Any) -> dict[str, Tensor]:
+    """Tensors without numbers of their own, of a token's shape."""
+    one = torch.empty((), dtype=dtype, device=device)
+    return {name: one.expand(batch, heads, 1, size) for name, size in (("k", key_size), ("v", value_size))}

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
+from attnkit.state.codec import GROUP
 from attnkit.state.paged import PagedKVState, PagePool
 
 
@@ -69,6 +70,8 @@ class PrefixCache:
         if any(pool.keeper is not None for pool in self.pools):
             raise ValueError("PrefixCache got a pool that has a prefix cache, expected none: use that one")
         self.page = sizes[0]
+        # What is shared of a page: keys whose group is not full wait with the sequence that they came from.
+        self._whole = GROUP if any(pool.codec == "int4" for pool in self.pools) else 1
         self._model, self._mechanism = model, mechanism
         self._roots: dict[bytes, _Entry] = {}
         # Least recently used first, and each page before the one that it follows: the first has no children.
@@ -204,10 +207,7 @@ class PrefixCache:
         assert roots == self._roots.keys()
 
     def _label(self, salt: str, adapter: str) -> str:
-        forms = [
-            [str(pool.k.dtype), str(getattr(pool, "codec", None)), *pool.k.shape[1:], *pool.v.shape[1:]]
-            for pool in self.pools
-        ]
+        forms = [[str(pool.k.dtype), str(pool.codec), *pool.k.shape[1:], *pool.v.shape[1:]] for pool in self.pools]
         return json.dumps(["attnkit prefix 1", self._model, adapter, self._mechanism, forms, self.page, salt])
 
     def _root(self, salt: str, adapter: str) -> _Entry | None:
@@ -234,6 +234,7 @@ class PrefixCache:
         rest = tokens[used : max(limit, 0)]
         alike = [(_common(child.tokens, rest), child) for child in node.children]
         count, best = max(alike, key=lambda pair: pair[0], default=(0, None))
+        count -= count % self._whole
         if best is not None and count:
             path.append((best, count))
         return path

@@ -105,17 +105,17 @@ class TokenState:
         }
         return other
 
-    def grown(self, capacity: int) -> Self:
-        """A copy with room for ``capacity`` tokens."""
-        check_room(f"{self._owner}.grown", capacity, self.length)
+    def grown(self, capacity: int, start: int = 0) -> Self:
+        """A copy of the tokens from ``start`` on with room for ``capacity``."""
+        check_room(f"{self._owner}.grown", capacity, self.length, start)
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other._buffers = {}
+        other._buffers, other.length = {}, self.length - start
         for name, held in self.view().items():
             other._buffers[name] = memory.zeros(
                 *held.shape[:2], capacity, held.shape[3], dtype=held.dtype, device=held.device
             )
-            other._buffers[name][:, :, : self.length] = held
+            other._buffers[name][:, :, : other.length] = held[:, :, start:]
         return other
 
     def reorder(self, rows: Tensor) -> None:
@@ -129,10 +129,12 @@ class TokenState:
         assert len({(buffer.shape[0], buffer.shape[2]) for buffer in self._buffers.values()}) == 1
 
 
-def check_room(where: str, capacity: int, length: int) -> None:
-    """Raise ``ValueError`` unless ``length`` tokens fit."""
-    if capacity < length:
-        raise ValueError(f"{where}: capacity is {capacity}, expected at least {length}, the tokens held")
+def check_room(where: str, capacity: int, length: int, start: int = 0) -> None:
+    """Raise ``ValueError`` unless ``length`` tokens reach to ``start``, and those from there on fit."""
+    if not 0 <= start <= length:
+        raise ValueError(f"{where}: start is {start}, expected 0 to {length}, the tokens held")
+    if capacity < length - start:
+        raise ValueError(f"{where}: capacity is {capacity}, expected at least {length - start}, the tokens held")
 
 
 def check_new_tokens(where: str, new: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> int:

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnkit.masks import Mask, Moved
+
+
+class Layout(NamedTuple):
+    """What a state takes: sequences, KV heads, channels of keys and of values, their dtype and where they are."""
+
+    batch: int
+    heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def layout_of(k: Tensor, v: Tensor) -> Layout:
+    """That of keys ``(b, g, n, d)`` and values ``(b, g, n, e)``."""
+    batch, heads, _, key_size = k.shape
+    return Layout(batch, heads, key_size, v.shape[3], k.dtype, k.device)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attnkit.state.tokens import check_new_tokens
-from attnkit.state.view import View
+from attnkit.state.view import Layout, View, layout_of
 
 
 class WindowState:
@@ -40,6 +40,11 @@ class WindowState:
         self._positions = torch.full((slots,), -1, dtype=torch.int64, device=device)  # -1: the slot holds no token
         self.window, self.sinks, self.length = window, sinks, 0
         self._held = 0
+
+    @property
+    def layout(self) -> Layout:
+        """What it takes."""
+        return layout_of(self._k, self._v)
 
     @property
     def nbytes(self) -> int:

@@ -113,14 +113,7 @@ def call(
     b, h, _, m, n, d, _ = shapes.check_attention(where, q, k, v)
     if d == 0:
         raise ValueError(f"{where}: key size is 0, expected at least 1")
-    if bias is not None:
-        bias = _checked_bias(where, bias, (b, h, m, n), q)
-    for name, heads in (("alibi", alibi), ("sink", sink)):
-        if heads is not None:
-            shapes.check(where, q=(q, "b h m d"), **{name: (heads, "h")})
-            shapes.check_device(where, q=q, **{name: heads})
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{where}: softcap is {softcap}, expected a positive number or None")
+    logits = checked_logits(where, q, n, bias=bias, alibi=alibi, softcap=softcap, sink=sink)
     if not 0 <= dropout < 1:
         raise ValueError(f"{where}: dropout is {dropout}, expected 0 <= dropout < 1")
     if seed is not None and not -(1 << 63) <= seed < 1 << 63:
@@ -136,14 +129,33 @@ def call(
         "v": v,
         "mask": _checked_mask(where, mask, b, h, m, n),
         "scale": d**-0.5 if scale is None else float(scale),
-        "bias": bias,
-        "alibi": alibi,
-        "softcap": softcap,
-        "sink": sink,
+        **logits,
         "dropout": dropout,
         "seed": number,
         "return_lse": return_lse,
     }
+
+
+def checked_logits(
+    where: str,
+    q: Tensor,
+    n: int,
+    *,
+    bias: Tensor | None,
+    alibi: Tensor | None,
+    softcap: float | None,
+    sink: Tensor | None,
+) -> dict[str, Any]:
+    """What changes the logits of ``q`` (b, h, m, d) over ``n`` keys, checked, by name."""
+    if bias is not None:
+        bias = _checked_bias(where, bias, (*q.shape[:3], n), q)
+    for name, heads in (("alibi", alibi), ("sink", sink)):
+        if heads is not None:
+            shapes.check(where, q=(q, "b h m d"), **{name: (heads, "h")})
+            shapes.check_device(where, q=q, **{name: heads})
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{where}: softcap is {softcap}, expected a positive number or None")
+    return {"bias": bias, "alibi": alibi, "softcap": softcap, "sink": sink}
 
 
 def _checked_mask(where: str, mask: Mask | Tensor | None, b: int, h: int, m: int, n: int) -> Mask | None:

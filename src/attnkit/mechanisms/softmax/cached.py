@@ -10,9 +10,10 @@ from attnkit.masks import UNBOUNDED, Mask, Moved
 from attnkit.native.softmax import MOST_SIZE, as_float32, scale_refused, steps
 from attnkit.spec import Call
 from attnkit.state import KVState, PagedKVState, WindowState
-from attnkit.state.codec import CHANNELS, GROUP, GroupedKeys, GroupedValues
+from attnkit.state.codec import CHANNELS, GROUP
 
 MOST_QUERIES = native.BLOCK_QUERIES
+TILE = 32  # keys that the kernel works off together, which lie on one page where they are codes
 
 
 def rejects(call: Call) -> tuple[str, ...]:
@@ -26,9 +27,11 @@ def rejects(call: Call) -> tuple[str, ...]:
         reasons.append(f"dtype is {q.dtype}, the native kernel takes float32, bfloat16 and float16")
     if q.shape[2] > MOST_QUERIES:
         reasons.append(f"there are {q.shape[2]} queries, the native kernel takes at most {MOST_QUERIES}")
-    for name, size in zip(("key", "value"), _sizes(state), strict=True):
+    for name, size in (("key", state.layout.key_size), ("value", state.layout.value_size)):
         if not 1 <= size <= MOST_SIZE:
             reasons.append(f"{name} size is {size}, the native kernel takes 1 to {MOST_SIZE}")
+    if isinstance(state, PagedKVState) and state.pool.codec and (page := state.pool.page) % TILE:
+        reasons.append(f"{state.pool.codec} codes are on pages of {page} tokens, the kernel takes multiples of {TILE}")
     if isinstance(state, PagedKVState) and len(set(state.lengths)) > 1 and mask.interval() is None:
         reasons.append(
             f"lengths are {state.lengths} and the mask is {mask!r}, the native kernel takes causal and windows"
@@ -54,16 +57,16 @@ def native_step(
 ) -> Tensor | tuple[Tensor, Tensor]:
     q = q if q.stride(3) == 1 else q.contiguous()
     b, h, m, d = q.shape
-    g, e = _groups(state), _sizes(state)[1]
+    g, e = state.layout.heads, state.layout.value_size
     n, (left, right) = state.length, mask.interval() or (UNBOUNDED, UNBOUNDED)
     own: Mask | None = None if mask.interval() is not None else mask
-    k_scale = k_zero = v_scale = v_zero = recent = None
+    held: tuple[dict[str, Tensor], dict[str, Tensor]]
     lengths = pages = None
     page = page_count = 0
     codec = None
     if isinstance(state, WindowState):
         view = state.view()
-        k, v, n = view.k, view.v, view.k.shape[2]
+        held, n = ({"numbers": view.k}, {"numbers": view.v}), view.k.shape[2]
         assert view.positions is not None
         queries = view.queries(m)
         own, (left, right) = Moved(mask, queries, view.positions), (UNBOUNDED, UNBOUNDED)
@@ -74,18 +77,14 @@ def native_step(
             bias, alibi = far.expand(b, h, m, n) if bias is None else bias.float() + far, None
     elif isinstance(state, PagedKVState):
         pages, lengths = state.packed()
-        k, v, page, page_count = state.pool.k, state.pool.v, state.pool.page, len(state.pool.k)
+        codec, held, page, page_count = state.pool.codec, state.rows, state.pool.page, len(state.pool.k)
         if own is not None:
             lengths = None  # all have n
     else:
-        codec, (k_rows, v_rows) = state.codec, state.rows
-        if isinstance(k_rows, Tensor) or isinstance(v_rows, Tensor):
-            assert isinstance(k_rows, Tensor) and isinstance(v_rows, Tensor)
-            k, v = k_rows, v_rows
-        else:
-            k, v, k_scale, v_scale = k_rows.codes, v_rows.codes, k_rows.scale, v_rows.scale
-            if isinstance(k_rows, GroupedKeys) and isinstance(v_rows, GroupedValues):
-                k_zero, v_zero, recent = k_rows.zero, v_rows.zero, k_rows.recent
+        codec, held = state.codec, state.rows
+    k, v = (x["numbers" if codec is None else "codes"] for x in held)
+    (k_scale, v_scale), (k_zero, v_zero) = ([x.get(name) for x in held] for name in ("scale", "zero"))
+    recent = held[0].get("recent")
     o = q.new_empty(b, h, m, e)
     lse = q.new_empty(b, h, m, dtype=torch.float32) if return_lse else None
     blocks = None if own is None else own.block_list(m, n, native.BLOCK_QUERIES, native.BLOCK_KEYS)
@@ -117,25 +116,6 @@ def native_step(
         ),
     )
     return o if lse is None else (o, lse)
-
-
-def _heads(state: KVState | PagedKVState | WindowState) -> tuple[Tensor, Tensor]:
-    """Tensors with the heads and channels of keys and values."""
-    if isinstance(state, PagedKVState):
-        return state.pool.k, state.pool.v
-    if isinstance(state, KVState):
-        return state.like["k"], state.like["v"]
-    view = state.view()
-    return view.k, view.v
-
-
-def _sizes(state: KVState | PagedKVState | WindowState) -> tuple[int, int]:
-    k, v = _heads(state)
-    return k.shape[3], v.shape[3]
-
-
-def _groups(state: KVState | PagedKVState | WindowState) -> int:
-    return _heads(state)[0].shape[1]
 
 
 def _all_seen(mask: Mask, query: Tensor, positions: Tensor) -> bool:

@@ -12,6 +12,7 @@ from attnkit.costs import softmax as cost
 from attnkit.dispatch import run
 from attnkit.masks import Mask, Moved, causal, checked
 from attnkit.mechanisms.softmax import SPEC as WHOLE
+from attnkit.mechanisms.softmax import checked_logits
 from attnkit.mechanisms.softmax import sample as whole_sample
 from attnkit.mechanisms.softmax.cached import native_step, rejects
 from attnkit.mechanisms.softmax.reference import forward as whole_reference
@@ -95,7 +96,7 @@ def call(
     if not isinstance(state, KVState | PagedKVState | WindowState):
         raise TypeError(f"{where}: state is a {type(state).__name__}, expected a KVState, PagedKVState or WindowState")
     b, h, m, d = (shapes.check(where, q=(q, "b h m d"))[axis] for axis in "bhmd")
-    batch, groups, size, dtype, device = _held(state)
+    batch, groups, size, _, dtype, device = state.layout
     if (b, d) != (batch, size):
         raise ValueError(
             f"{where}: q has batch {b} and key size {d} but the state {batch} and {size}, expected the same"
@@ -117,25 +118,14 @@ def call(
                 f"{where}: got {m} queries and a ring that holds {n} of {state.length} tokens, expected 1 query: keys "
                 f"that the first one sees are overwritten, feed one token at a time"
             )
-    keys, values = (q.new_empty(1, 1, 1, 1).expand(b, groups, n, size) for size in (d, 1))
-    # The other arguments mean what they mean there.
-    whole = WHOLE.call(q, keys, values, scale=scale, bias=bias, alibi=alibi, softcap=softcap, sink=sink)
     return {
         "q": q,
         "state": state,
         "mask": _checked_mask(where, mask, b, h, m, lengths),
-        **{name: whole[name] for name in ("scale", "bias", "alibi", "softcap", "sink")},
+        "scale": d**-0.5 if scale is None else float(scale),
+        **checked_logits(where, q, n, bias=bias, alibi=alibi, softcap=softcap, sink=sink),
         "return_lse": return_lse,
     }
-
-
-def _held(state: Cache) -> tuple[int, int, int, torch.dtype, torch.device]:
-    """Batch, KV heads, key size, dtype and device."""
-    if isinstance(state, PagedKVState):
-        k = state.pool.k
-        return len(state.lengths), k.shape[1], k.shape[3], k.dtype, k.device
-    k = state.like["k"] if isinstance(state, KVState) else state.view().k
-    return k.shape[0], k.shape[1], k.shape[3], k.dtype, k.device
 
 
 def _checked_mask(where: str, mask: Mask | None, b: int, h: int, m: int, lengths: list[int]) -> Mask:
@@ -189,7 +179,7 @@ def reference(
 def _numbers(state: Cache, row: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys ``(1, g, n, d)`` and values of one sequence, and where they stand if not in order."""
     if isinstance(state, PagedKVState):
-        k, v = state.read(row)
+        k, v = state.numbers(row)
         return k[None].to(dtype), v[None].to(dtype), None
     if isinstance(state, KVState):
         k, v = state.numbers()

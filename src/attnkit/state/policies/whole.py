@@ -52,7 +52,7 @@ class _Whole:
     @property
     def batch(self) -> int:
         """Sequences."""
-        return self.whole.like["k"].shape[0]
+        return self.whole.layout.batch
 
     @property
     def length(self) -> int:
@@ -167,8 +167,7 @@ class PagewiseState(_Whole):
         best = score.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(-1).values
         tokens = (best[..., None] * page + torch.arange(page, device=best.device)).flatten(-2)
         tokens = tokens[..., : count * page - (pages * page - n)]  # the newest page comes last and may not be full
-        buffers = self.whole.rows
-        k, v = (taken(x, tokens) for x in buffers if isinstance(x, Tensor))
+        k, v = (taken(rows["numbers"], tokens) for rows in self.whole.rows)
         return View(k, v, tokens.shape[2])
 
     def crop(self, length: int) -> None:

@@ -218,18 +218,21 @@ def of_step(rng: random.Random) -> str:
     k, v = (samplers.laid_out(rng, torch.randn(b, g, n, size).to(dtype)) for size in (d, e))
     form = rng.choice(("plain", "int8", "fp8", "int4", "ring", "pages"))
     state: Any
+    codec: Any
     if form == "pages":
-        page = rng.choice((1, 7, 16))
-        pool = PagePool(b * (n // page + 2), page, g, d, e, dtype=dtype)
+        codec, page = rng.choice((None, None, "int8", "fp8", "int4")), rng.choice((1, 7, 16))
+        page = page if codec is None else 32 * page
+        pool = PagePool(b * (n // page + 2), page, g, d, e, dtype=dtype, codec=codec)
         rng.shuffle(pool._free)
-        pool.k.fill_(torch.nan), pool.v.fill_(torch.nan)
+        for x in pool.tensors:
+            x.fill_(torch.nan if x.is_floating_point() else 0x7F)
         state = PagedKVState(pool, b)
         state.append(k, v, [rng.randint(min(m, n), n) for _ in range(b)])
     elif form == "ring":
         state = WindowState(b, g, rng.choice((1, 16, 50)), d, e, dtype=dtype)
         state.append(k, v)
     else:
-        codec: Any = None if form == "plain" else form
+        codec = None if form == "plain" else form
         state = KVState(b, g, max(1, n), d, e, dtype=dtype, codec=codec)
         state.store(k, v)
     arguments: dict[str, Any] = {"q": samplers.laid_out(rng, torch.randn(b, h, m, d).to(dtype)), "state": state}
