@@ -39,7 +39,8 @@ def test_law(lane: Lane, law: Law, full: bool) -> None:
                 raise AssertionError(f"{lane} breaks {law.name} with seed {seed}: {error}") from error
     refused = (REFUSED.get(name, set()) for name in (lane.backend, f"{lane.mechanism.name}-{lane.backend}"))
     never = law.name in set().union(*refused)
-    assert bool(tried) != never, f"{law.name} tried {tried} of {examples} calls on {lane}"
+    # Of many calls one may be drawn that such a backend takes.
+    assert bool(tried) != never or (full and never), f"{law.name} tried {tried} of {examples} calls on {lane}"
 
 
 @pytest.mark.parametrize("name", mechanisms())
