@@ -81,7 +81,7 @@ def check_attention(where: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, i
         and v.is_cpu
     ):
         (b, h, m, d), (_, g, n, e) = q.shape, v.shape
-        if (b, g, n) == v.shape[:3] and k.shape == (b, g, n, d) and g and h % g == 0:
+        if (b, g, n) == v.shape[:3] and k.shape == (b, g, n, d) and g and h and h % g == 0:
             return b, h, g, m, n, d, e
     sizes = check_call(where, q=(q, "b h m d"), k=(k, "b g n d"), v=(v, "b g n e"))
     b, h, g, m, n, d, e = (sizes[axis] for axis in "bhgmnde")

@@ -75,6 +75,13 @@ def test_specials_must_stand_in_the_same_places(value: float) -> None:
         assert_within(naive.clone(), gold, naive, torch.float32)
 
 
+def test_a_truth_that_the_dtype_cannot_hold_is_infinite() -> None:
+    gold = torch.tensor([1.0, 70000.0, -70000.0], dtype=torch.float64)
+    assert_within(gold.half(), gold, gold.float(), torch.float16)
+    with pytest.raises(AssertionError, match="inf in 1 wrong places"):
+        assert_within(gold.half().clamp(max=65504), gold, gold.float(), torch.float16)
+
+
 def test_all_zero_leaves_no_room() -> None:
     zero = torch.zeros(3, dtype=torch.float64)
     assert assert_within(torch.zeros(3), zero, torch.zeros(3), torch.float32) == 0

@@ -34,6 +34,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "KV heads of k and v": ({"v": V[:, :1]}, ValueError, "KV heads is 1 in v"),
     "no division": ({"q": torch.zeros(2, 3, 5, 8)}, ValueError, "got 3 query heads and 2 KV heads, expected"),
     "no KV heads": ({"k": K[:, :0], "v": V[:, :0]}, ValueError, "4 query heads and 0 KV heads"),
+    "no query heads": ({"q": Q[:, :0]}, ValueError, "got 0 query heads and 2 KV heads, expected"),
     "no key size": ({"q": Q[..., :0], "k": K[..., :0]}, ValueError, "key size is 0"),
     "dtypes": ({"k": K.bfloat16()}, TypeError, "k has dtype torch.bfloat16 but q torch.float32, expected one"),
     "integers": ({"q": Q.long(), "k": K.long(), "v": V.long()}, TypeError, "q has dtype torch.int64, expected"),

@@ -200,7 +200,8 @@ def of_varlen(rng: random.Random) -> str:
             arguments["q_offsets"] = arguments["q_offsets"] * rng.choice((-1, 2, 2**40))
     with _saying(arguments):
         o = softmax_attention_varlen(**arguments, backend="cpu")
-        q_edges, k_edges = (arguments[name].tolist() for name in ("q_offsets", "k_offsets"))
+        q_edges = arguments["q_offsets"].tolist()
+        k_edges = q_edges if arguments["k_offsets"] is None else arguments["k_offsets"].tolist()
         settings = {name: arguments[name] for name in ("mask", "alibi", "softcap", "sink") if name in arguments}
         for i in range(len(q_edges) - 1):
             rows, keys = slice(q_edges[i], q_edges[i + 1]), slice(k_edges[i], k_edges[i + 1])
