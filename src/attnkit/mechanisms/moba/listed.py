@@ -51,6 +51,8 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v in their dtypes; ``lse`` and ``rest`` ``(b, h, m)`` are from the forward."""
     (b, h, m, d), n, wide = q.shape, k.shape[2], torch.promote_types(q.dtype, torch.float32)
+    if o.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     parts = spans(m, max(_ROWS, NUMBERS // (b * h * d * (1 + chosen.shape[3]))))
     d_q, sums = [], None
     for start, end in parts:
