@@ -16,6 +16,7 @@ bool sizes_are_good(const attnkit_softmax& s) {
   if (!in_range({{s.b, 0}, {s.h, 0}, {s.m, 0}, {16, 0}})) return false;
   if (s.bias && !in_range({{s.b, s.bias_b}, {s.h, s.bias_h}, {s.m, s.bias_m}})) return false;
   if (s.bias && !in_range({{s.n, s.bias_n}})) return false;
+  if (s.total && (s.m > s.n || !in_range({{s.b, s.total_b}, {s.h, s.total_h}, {s.n, 1}}))) return false;
   if (s.b == 0 || s.m == 0) return true;
   return s.q && s.o && (s.n == 0 || (s.k && s.v));
 }
@@ -65,7 +66,33 @@ int32_t check(const attnkit_softmax& s, const attnkit_softmax_gradients& g) {
   if (g.d_bias && (!s.bias || g.d_bias_n < 0 || g.d_bias_n > 1 ||
                    !in_range({{s.b, g.d_bias_b}, {s.h, g.d_bias_h}, {s.m, g.d_bias_m}, {s.n, g.d_bias_n}})))
     return ATTNKIT_BAD_SIZE;
-  return (g.d_sink && !s.sink) || (g.d_alibi && !s.alibi) ? ATTNKIT_BAD_SIZE : ATTNKIT_OK;
+  if ((g.d_q && (g.d_q_h < s.m * s.d || !in_range({{s.b * s.h, g.d_q_h}}))) ||
+      (g.d_k && (g.d_k_g < s.n * s.d || !in_range({{s.b * s.g, g.d_k_g}}))) ||
+      (g.d_v && (g.d_v_g < s.n * s.e || !in_range({{s.b * s.g, g.d_v_g}}))))
+    return ATTNKIT_BAD_SIZE;
+  return (g.d_sink && !s.sink) || (g.d_alibi && !s.alibi) || (g.d_total && !s.total) ? ATTNKIT_BAD_SIZE : ATTNKIT_OK;
+}
+
+// Offsets are looked at before any of them is used: there are as many as the call says.
+bool offsets_are_good(const int64_t* offsets, int64_t count, int64_t end) {
+  if (!offsets || offsets[0] != 0 || offsets[count] != end) return false;
+  for (int64_t i = 0; i < count; ++i)
+    if (offsets[i + 1] < offsets[i]) return false;
+  return true;
+}
+
+int32_t check(const attnkit_softmax& s, const attnkit_documents& d) {
+  const int32_t status = check_softmax(s);
+  if (status != ATTNKIT_OK) return status;
+  if (s.b != 1 || s.bias || s.total || s.offsets || d.count < 1 || !in_range({{d.count, 0}, {s.h, 0}}) ||
+      !offsets_are_good(d.q_offsets, d.count, s.m) || !offsets_are_good(d.k_offsets, d.count, s.n))
+    return ATTNKIT_BAD_SIZE;
+  return d.decode_queries > ATTNKIT_BLOCK_QUERIES ? ATTNKIT_BAD_KERNEL : ATTNKIT_OK;
+}
+int32_t check(const attnkit_softmax& s, const attnkit_softmax_gradients& g, const attnkit_documents& d) {
+  const int32_t status = check(s, g);
+  if (status != ATTNKIT_OK) return status;
+  return g.d_lse || g.d_alibi ? ATTNKIT_BAD_SIZE : check(s, d);
 }
 
 bool nothing_to_do(const attnkit_softmax& s) { return s.b == 0 || s.m == 0; }
@@ -79,6 +106,15 @@ int64_t scratch_bytes(const Level& at, const attnkit_softmax& s) {
 int64_t scratch_bytes(const Level& at, const attnkit_softmax& s, const attnkit_softmax_gradients& g) {
   const int32_t status = check(s, g);
   return status == ATTNKIT_OK ? at.softmax.backward_scratch_bytes(s, g) : -status;
+}
+int64_t scratch_bytes(const Level& at, const attnkit_softmax& s, const attnkit_documents& d) {
+  const int32_t status = check(s, d);
+  return status == ATTNKIT_OK ? at.softmax.documents_scratch_bytes(s, d) : -status;
+}
+int64_t scratch_bytes(const Level& at, const attnkit_softmax& s, const attnkit_softmax_gradients& g,
+                      const attnkit_documents& d) {
+  const int32_t status = check(s, g, d);
+  return status == ATTNKIT_OK ? at.softmax.documents_backward_scratch_bytes(s, g, d) : -status;
 }
 
 }  // namespace
@@ -111,4 +147,29 @@ int32_t attnkit_softmax_backward(const attnkit_softmax* call, const attnkit_soft
   if (call->offsets && !list_is_good(*call)) return ATTNKIT_BAD_MASK;
   at.softmax.backward(*call, *gradients, static_cast<char*>(scratch));
   return ATTNKIT_OK;
+}
+
+int64_t attnkit_documents_forward_scratch_bytes(const attnkit_softmax* call, const attnkit_documents* documents) {
+  return scratch_bytes(level(), *call, *documents);
+}
+
+int32_t attnkit_documents_forward(const attnkit_softmax* call, const attnkit_documents* documents, void* scratch,
+                                  int64_t bytes) {
+  const Level& at = level();
+  const int32_t status = scratch_status(scratch_bytes(at, *call, *documents), scratch, bytes);
+  if (status == ATTNKIT_OK) at.softmax.documents(*call, *documents, static_cast<char*>(scratch));
+  return status;
+}
+
+int64_t attnkit_documents_backward_scratch_bytes(const attnkit_softmax* call, const attnkit_softmax_gradients* gradients,
+                                                 const attnkit_documents* documents) {
+  return scratch_bytes(level(), *call, *gradients, *documents);
+}
+
+int32_t attnkit_documents_backward(const attnkit_softmax* call, const attnkit_softmax_gradients* gradients,
+                                   const attnkit_documents* documents, void* scratch, int64_t bytes) {
+  const Level& at = level();
+  const int32_t status = scratch_status(scratch_bytes(at, *call, *gradients, *documents), scratch, bytes);
+  if (status == ATTNKIT_OK) at.softmax.documents_backward(*call, *gradients, *documents, static_cast<char*>(scratch));
+  return status;
 }

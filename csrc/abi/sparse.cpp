@@ -118,7 +118,8 @@ int32_t check(const attnkit_gates& s) {
 int32_t check(const attnkit_softmax& s, const attnkit_topk& kept) {
   const int32_t status = check_softmax(s);
   if (status != ATTNKIT_OK) return status;
-  if (s.bias || s.alibi || s.sink || s.lse || s.softcap != 0.0f || s.drop_below || s.n >= kLargest || s.d >= kLargest)
+  if (s.bias || s.alibi || s.sink || s.total || s.lse || s.softcap != 0.0f || s.drop_below || s.n >= kLargest ||
+      s.d >= kLargest)
     return ATTNKIT_BAD_SIZE;
   // Every one of 48 rows has scratch memory for twice as many keys as it keeps.
   if (kept.most < 0 || kept.most > s.n || !kept.kept) return ATTNKIT_BAD_SIZE;

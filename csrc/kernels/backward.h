@@ -5,6 +5,8 @@
 // and with dropout, Z = 1 / (1 - p) or 0,
 //   dlogit = P (Z do . v - D)   dv += P Z do
 // where the kernel leaves out the factor 1 / (1 - p) of both until the end: D is taken 1 - p times as large.
+// Running sums of forget gates, which a logit adds at its query and takes away at its key, get the sum of dlogit along their
+// row less that down their column: what is rounding of D is in both, and drops out when gates are summed up.
 //
 // A task owns a chunk of the keys of one KV head. It takes them in tiles of 192 (3 key blocks, 32 register blocks of 6),
 // packs a tile once, and meets it with panels of 96 queries of every head of the group. The products q.k and do.v read
@@ -148,7 +150,7 @@ class Backward {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < count * chunks_; ++task)
           chunk(work, scratch, heads, start, task % count, task / count, false);
-        if (g_.d_q) {
+        if (g_.d_q || g_.d_total) {
 #pragma omp for schedule(dynamic, 4)
           for (int64_t task = 0; task < count * ratio_ * blocks; ++task)
             finish_queries(head(scratch, heads, start, task / blocks), task % blocks);
@@ -181,6 +183,7 @@ class Backward {
     double* tallies;     // of each chunk and row, see survey
     Element *query_across, *slope_across, *query_along, *slope_along;
     float* sums;         // of dq, for each chunk
+    double* row_slopes;  // sums of dlogit of each row, for each chunk, where gates want them
     uint8_t* odd;        // of each block: a query or its gradient holds a NaN or an infinity
   };
 
@@ -193,6 +196,7 @@ class Backward {
     Element* slope_rows;               // the same slopes, pairs of keys side by side
     float *scores, *products;          // q.k and do.v
     float* caps;                       // derivatives of the soft-cap, one block
+    double* key_slopes;                // sums of dlogit of each key of the tile, one head, where gates want them
     Work(const Backward& p, char* memory)
         : keys_down(reinterpret_cast<Element*>(memory)),
           values_down(keys_down + kBackKeys * p.key_steps_),
@@ -205,7 +209,8 @@ class Backward {
           scores(kInPlace ? reinterpret_cast<float*>(weights)
                           : reinterpret_cast<float*>(slope_rows + kPanelRows * kBackKeys / kNumbers)),
           products(kInPlace ? reinterpret_cast<float*>(slopes) : scores + kBlockQueries * kBlockKeys),
-          caps(kInPlace ? products + kPanelRows * kBackKeys : products + kBlockQueries * kBlockKeys) {}
+          caps(kInPlace ? products + kPanelRows * kBackKeys : products + kBlockQueries * kBlockKeys),
+          key_slopes(reinterpret_cast<double*>(caps + (p.s_.softcap > 0 ? kBlockQueries * kBlockKeys : 0))) {}
   };
 
   // A panel of queries against a tile of keys.
@@ -239,14 +244,16 @@ class Backward {
   int64_t head_bytes() const {
     const int64_t along = kInPlace ? 0 : rows_ * (query_lda_ + slope_lda_);
     const int64_t across = rows_ / kNumbers * (key_columns_ + value_columns_);
-    const int64_t tallies = surveys_ ? chunks_ * kTallies * rows_ : 0;
-    return round_up(4 * (along + across + chunks_ * rows_ * key_columns_) + 8 * tallies + rows_ / kBlockQueries, 64);
+    const int64_t tallies = surveys_ ? chunks_ * kTallies * rows_ : 0, slopes = g_.d_total ? chunks_ * rows_ : 0;
+    return round_up(4 * (along + across + chunks_ * rows_ * key_columns_) + 8 * (tallies + slopes) + rows_ / kBlockQueries,
+                    64);
   }
   int64_t work_bytes() const {
     const int64_t tile = kBackKeys * (key_steps_ + value_steps_ + key_columns_ / kNumbers + key_columns_ + value_columns_);
     const int64_t panel = 2 * kPanelRows / kNumbers * kBackKeys;
     const int64_t pairs = kInPlace ? 0 : kPanelRows * kBackKeys / kNumbers + 2 * kBlockQueries * kBlockKeys;
-    return round_up(4 * (tile + panel + pairs + (s_.softcap > 0 ? kBlockQueries * kBlockKeys : 0)), 64);
+    const int64_t slopes = g_.d_total ? 2 * kBackKeys : 0;
+    return round_up(4 * (tile + panel + pairs + slopes + (s_.softcap > 0 ? kBlockQueries * kBlockKeys : 0)), 64);
   }
 
   float* stats_of(char* stats, int64_t batch, int64_t h) const {
@@ -271,7 +278,8 @@ class Backward {
     if (!kInPlace) end = q.slope_along + rows_ * slope_lda_;
     q.sums = reinterpret_cast<float*>(end);
     q.tallies = reinterpret_cast<double*>(q.sums + chunks_ * rows_ * key_columns_);
-    q.odd = reinterpret_cast<uint8_t*>(q.tallies + (surveys_ ? chunks_ * kTallies * rows_ : 0));
+    q.row_slopes = q.tallies + (surveys_ ? chunks_ * kTallies * rows_ : 0);
+    q.odd = reinterpret_cast<uint8_t*>(q.row_slopes + (g_.d_total ? chunks_ * rows_ : 0));
     return q;
   }
 
@@ -365,10 +373,12 @@ class Backward {
       const Head h = head(stats, heads, start, slot * ratio_ + i);
       if (surveys) {
         for (int64_t at = 0; at < kTallies * rows_; ++at) h.tallies[number * kTallies * rows_ + at] = 0.0;
-      } else {
-        float* sums = h.sums + number * rows_ * key_columns_;
-        for (int64_t at = 0; at < rows_ * key_columns_; at += kWidth) store(sums + at, zero());
+        continue;
       }
+      float* sums = h.sums + number * rows_ * key_columns_;
+      for (int64_t at = 0; at < rows_ * key_columns_; at += kWidth) store(sums + at, zero());
+      if (g_.d_total)
+        for (int64_t at = 0; at < rows_; ++at) h.row_slopes[number * rows_ + at] = 0.0;
     }
     for (int64_t tile = number * tiles_ / chunks_; tile < (number + 1) * tiles_ / chunks_; ++tile) {
       const int64_t key = tile * kBackKeys, count = least(kBackKeys, s_.n - key);
@@ -389,13 +399,21 @@ class Backward {
         Head h = head(stats, heads, start, slot * ratio_ + i);
         h.sums += number * rows_ * key_columns_;
         h.tallies += number * kTallies * rows_;
+        h.row_slopes += number * rows_;
+        const bool gates = g_.d_total && !surveys;
+        if (gates)
+          for (int64_t j = 0; j < kBackKeys; ++j) w.key_slopes[j] = 0.0;
         for (int64_t first = rows.begin / kPanelRows * kPanelRows; first < rows.end; first += kPanelRows)
           meet(w, h, first, tile * kBackBlocks, blocks, odd, surveys);
+        if (gates)
+          for (int64_t j = 0; j < count; ++j) total_slopes(h)[key + j] = -w.key_slopes[j] * dropout_.scale;
       }
       if (surveys) continue;
-      const int64_t out = kv * s_.n + key;
-      if (g_.d_k) finish(w.d_keys, key_columns_, count, s_.d, s_.scale * dropout_.scale, static_cast<T*>(g_.d_k) + out * s_.d);
-      if (g_.d_v) finish(w.d_values, value_columns_, count, s_.e, dropout_.scale, static_cast<T*>(g_.d_v) + out * s_.e);
+      const float by = dropout_.scale;
+      if (g_.d_k)
+        finish(w.d_keys, key_columns_, count, s_.d, s_.scale * by, static_cast<T*>(g_.d_k) + kv * g_.d_k_g + key * s_.d);
+      if (g_.d_v)
+        finish(w.d_values, value_columns_, count, s_.e, by, static_cast<T*>(g_.d_v) + kv * g_.d_v_g + key * s_.e);
     }
   }
 
@@ -405,9 +423,16 @@ class Backward {
         store_some(out + i * numbers + c, load(sums + i * columns + c) * splat(factor), numbers - c);
   }
 
+  double* total_slopes(const Head& h) const { return g_.d_total + (h.batch * s_.h + h.head) * s_.n; }
+
   void finish_queries(const Head& h, int64_t block) const {
     const int64_t first = block * kBlockQueries, last = least(first + kBlockQueries, s_.m);
-    T* out = static_cast<T*>(g_.d_q) + (h.batch * s_.h + h.head) * s_.m * s_.d;
+    if (g_.d_total)
+      for (int64_t part = 0; part < chunks_; ++part)
+        for (int64_t i = first; i < last; ++i)
+          total_slopes(h)[s_.n - s_.m + i] += h.row_slopes[part * rows_ + i] * dropout_.scale;
+    if (!g_.d_q) return;
+    T* out = static_cast<T*>(g_.d_q) + (h.batch * s_.h + h.head) * g_.d_q_h;
     for (int64_t i = first; i < last; ++i) {
       for (int64_t c = 0; c < s_.d; c += kWidth) {
         Vec total = load(h.sums + i * key_columns_ + c);
@@ -646,6 +671,8 @@ class Backward {
     for (int64_t row = group * kRows; row < (group + 1) * kRows; row += kNumbers) {
       Row rows[kNumbers];
       for (int a = 0; a < kNumbers; ++a) rows[a] = row_at<kDrops>(h, first + row + a);
+      double along[kNumbers][kWidth];  // of gates alone
+      if (!kPlain && g_.d_total) __builtin_memset(along, 0, sizeof along);
       for (int64_t c = r.begin; c < r.end; c += kVectorKeys) {
         Vec weight[kNumbers][kNumbers], slope[kNumbers][kNumbers];
 #pragma GCC unroll 2
@@ -659,6 +686,7 @@ class Backward {
             if constexpr (kDrops) weight[a][b] = select(kept, weight[a][b], 0.0f);
             if constexpr (!kPlain) {
               if (g_.d_bias && g_.d_bias_n && first + row + a < s_.m) add_bias(h, first + row + a, key, slope[a][b]);
+              if (g_.d_total) add_slopes(along[a], w.key_slopes + j * kBlockKeys + c + b * kWidth, slope[a][b]);
               if (s_.softcap > 0)
                 slope[a][b] = slope[a][b] * load(w.caps + (row + a) * kBlockKeys + c + b * kWidth);
             }
@@ -670,6 +698,18 @@ class Backward {
         store_along(w.slope_rows + ((i * kBlockQueries + row) * kBackKeys + j * kBlockKeys + c) / kNumbers,
                     kBackKeys / kNumbers, slope);
       }
+      if (!kPlain && g_.d_total)
+        for (int a = 0; a < kNumbers; ++a)
+          for (int c = 0; c < kWidth; ++c) h.row_slopes[first + row + a] += along[a][c];
+    }
+  }
+
+  static ATTNKIT_INLINE void add_slopes(double* along, double* down, Vec slope) {
+    float x[kWidth];
+    store(x, slope);
+    for (int i = 0; i < kWidth; ++i) {
+      along[i] += static_cast<double>(x[i]);
+      down[i] += static_cast<double>(x[i]);
     }
   }
 

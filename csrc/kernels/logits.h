@@ -1,8 +1,8 @@
 // From the products q.k of one row to its logits, where the call has more than a scale; and the end of a row.
 //
-// A call without bias, ALiBi and soft-cap is `plain`: its products stay as they are, and the scale is part of the factor
+// A call without bias, ALiBi, forget gates and soft-cap is `plain`: its products stay as they are, and the scale is part of the factor
 // that makes exponents of two of them, exp(scale * x) = 2^(x * scale * log2 e). All others get their logits in place, in
-// the order of the definition: scale, soft-cap, bias, ALiBi; their factor is log2 e. A bias is read where it lies: a
+// the order of the definition: scale, soft-cap, bias, ALiBi, gates; their factor is log2 e. A bias is read where it lies: a
 // vector at a time when its keys are neighbours, one number at a time otherwise, and never past key n.
 //
 // A row is accumulated against a reference, its `top`: weights are 2^(x - top), and what was added before is multiplied by
@@ -20,7 +20,7 @@ struct Logits {
 
   explicit Logits(const attnkit_softmax& call)
       : s(call),
-        plain(!call.bias && !call.alibi && !(call.softcap > 0) && call.scale > 0),
+        plain(!call.bias && !call.alibi && !call.total && !(call.softcap > 0) && call.scale > 0),
         exponent(plain ? call.scale * kLog2E : kLog2E) {}
 
   // Products of query i with keys [key, key + vectors * kWidth) become logits in place.
@@ -40,6 +40,7 @@ struct Logits {
         distance = distance + splat(static_cast<float>(kWidth));
       }
     }
+    if (s.total) add_gates(row, vectors, s.total + batch * s.total_b + head * s.total_h, s.n - s.m + i, key);
   }
 
  private:
@@ -53,6 +54,14 @@ struct Logits {
     } else {
       for (int64_t j = 0; j < count; ++j) row[j] += bias[(key + j) * s.bias_n];
     }
+  }
+
+  // What the gates between a key and a query at `position` leave. Sums over a long sequence are thousands and only their
+  // differences count: float32 would round them to a thousandth before they are taken.
+  void add_gates(float* row, int vectors, const double* total, int64_t position, int64_t key) const {
+    const double own = total[position];
+    const int64_t count = least<int64_t>(vectors * kWidth, s.n - key);
+    for (int64_t j = 0; j < count; ++j) row[j] += static_cast<float>(own - total[key + j]);
   }
 };
 

@@ -135,9 +135,11 @@ class Prefill {
     int64_t head, first, count, key_block, key_blocks;
   };
 
-  // How far apart the keys of one query can be, and not more than all.
+  // How far apart the keys of one query can be, and not more than all. A bound that no pair reaches says nothing: who has
+  // left it out gets the same bits.
   int64_t reach() const {
-    const int64_t most_left = clamp<int64_t>(s_.left, 0, s_.n + s_.m), most_right = clamp<int64_t>(s_.right, 0, s_.n + s_.m);
+    const int64_t most_left = clamp<int64_t>(s_.left, 0, most<int64_t>(s_.n - 1, 0));
+    const int64_t most_right = clamp<int64_t>(s_.right, 0, s_.m - 1);
     return least(most_left + most_right, s_.n);
   }
   // A head that is too large is cut where the interval is so short that few keys are packed twice.

@@ -17,6 +17,12 @@ struct SoftmaxKernels {
   void (*forward)(const attnkit_softmax&, char* scratch);
   int64_t (*backward_scratch_bytes)(const attnkit_softmax&, const attnkit_softmax_gradients&);
   void (*backward)(const attnkit_softmax&, const attnkit_softmax_gradients&, char* scratch);
+  int64_t (*documents_scratch_bytes)(const attnkit_softmax&, const attnkit_documents&);
+  void (*documents)(const attnkit_softmax&, const attnkit_documents&, char* scratch);
+  int64_t (*documents_backward_scratch_bytes)(const attnkit_softmax&, const attnkit_softmax_gradients&,
+                                              const attnkit_documents&);
+  void (*documents_backward)(const attnkit_softmax&, const attnkit_softmax_gradients&, const attnkit_documents&,
+                             char* scratch);
 };
 
 struct LinearKernels {

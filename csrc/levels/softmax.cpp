@@ -18,6 +18,7 @@ namespace {
 #include "../kernels/many.h"
 #include "../kernels/decode.h"
 #include "../kernels/backward.h"
+#include "../kernels/documents.h"
 // clang-format on
 
 #if defined(ATTNKIT_BF16_DOT)
@@ -62,9 +63,56 @@ void softmax_backward(const attnkit_softmax& s, const attnkit_softmax_gradients&
   with_backward(s, gradients, [&](const auto& kernel) { kernel.run(scratch); });
 }
 
+struct OfDocuments {
+  int64_t bytes(const attnkit_softmax& s, int64_t) const { return s.m > 0 ? softmax_scratch_bytes(s) : 0; }
+  void run(const attnkit_softmax& s, int64_t, char* scratch) const {
+    if (s.m > 0) softmax_forward(s, scratch);
+  }
+};
+
+struct BackwardOfDocuments {
+  const attnkit_softmax& all;
+  const attnkit_softmax_gradients& gradients;
+  const attnkit_documents& documents;
+
+  attnkit_softmax_gradients of(int64_t i) const {
+    const int64_t bytes = all.dtype == ATTNKIT_FLOAT32 ? 4 : 2, q = documents.q_offsets[i], k = documents.k_offsets[i];
+    attnkit_softmax_gradients g = gradients;
+    if (documents.q_offsets[i + 1] > q) g.d_o = static_cast<const char*>(g.d_o) + bytes * q * g.d_o_m;
+    if (g.d_q) g.d_q = static_cast<char*>(g.d_q) + bytes * q * all.d;
+    if (g.d_k) g.d_k = static_cast<char*>(g.d_k) + bytes * k * all.d;
+    if (g.d_v) g.d_v = static_cast<char*>(g.d_v) + bytes * k * all.e;
+    if (g.d_sink) g.d_sink += i * all.h;
+    return g;
+  }
+  int64_t bytes(const attnkit_softmax& s, int64_t i) const { return softmax_backward_scratch_bytes(s, of(i)); }
+  void run(const attnkit_softmax& s, int64_t i, char* scratch) const { softmax_backward(s, of(i), scratch); }
+};
+
+int64_t documents_scratch_bytes(const attnkit_softmax& s, const attnkit_documents& d) {
+  return Documents<OfDocuments>(s, d, {}).scratch_bytes();
+}
+
+void documents_forward(const attnkit_softmax& s, const attnkit_documents& d, char* scratch) {
+  Documents<OfDocuments>(s, d, {}).run(scratch);
+}
+
+int64_t documents_backward_scratch_bytes(const attnkit_softmax& s, const attnkit_softmax_gradients& g,
+                                         const attnkit_documents& d) {
+  return Documents<BackwardOfDocuments>(s, d, {s, g, d}).scratch_bytes();
+}
+
+void documents_backward(const attnkit_softmax& s, const attnkit_softmax_gradients& g, const attnkit_documents& d,
+                        char* scratch) {
+  Documents<BackwardOfDocuments>(s, d, {s, g, d}).run(scratch);
+}
+
 }  // namespace
 
-const SoftmaxKernels softmax = {softmax_scratch_bytes, softmax_forward, softmax_backward_scratch_bytes, softmax_backward};
+const SoftmaxKernels softmax = {
+    softmax_scratch_bytes,   softmax_forward,   softmax_backward_scratch_bytes,   softmax_backward,
+    documents_scratch_bytes, documents_forward, documents_backward_scratch_bytes, documents_backward,
+};
 
 }  // namespace ATTNKIT_LEVEL
 }  // namespace attnkit

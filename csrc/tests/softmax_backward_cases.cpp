@@ -10,6 +10,7 @@ struct Case : SoftmaxCall {
   Layout d_o_at;
   Numbers d_o, d_q, d_k, d_v;
   std::vector<float> rest, d_lse, d_bias, d_sink, d_alibi;
+  std::vector<double> d_total;
 
   Case(int64_t b, int64_t h, int64_t kv, int64_t m, int64_t n, int64_t d, int64_t e, int32_t dtype)
       : SoftmaxCall(b, h, kv, m, n, d, e, dtype), d_o_at(b, h, m, e, true), d_o(d_o_at.count, dtype),
@@ -17,6 +18,7 @@ struct Case : SoftmaxCall {
     s.scale = 0.1f;
     add_features();
     g.d_o = d_o.data(), g.d_o_b = d_o_at.b, g.d_o_h = d_o_at.h, g.d_o_m = d_o_at.m;
+    g.d_q_h = m * d, g.d_k_g = n * d, g.d_v_g = n * e;
     if (below(8)) g.d_q = d_q.data();
     if (below(8)) g.d_k = d_k.data();
     if (below(8)) g.d_v = d_v.data();
@@ -27,6 +29,7 @@ struct Case : SoftmaxCall {
     }
     if (s.sink && below(4)) d_sink.resize(sink.size()), g.d_sink = d_sink.data();
     if (s.alibi && below(4)) d_alibi.resize(alibi.size()), g.d_alibi = d_alibi.data();
+    if (s.total && below(4)) d_total.resize(total.size()), g.d_total = d_total.data();
     if (s.bias && below(4)) {
       if (below(2)) s.bias_b = 0;  // shared by all batches
       if (below(2)) s.bias_h = 0;
@@ -39,6 +42,7 @@ struct Case : SoftmaxCall {
     for (float& x : d_bias) x = 0.0f;  // which is added to
     for (float& x : d_sink) x = NAN;
     for (float& x : d_alibi) x = NAN;
+    for (double& x : d_total) x = NAN;
     d_q.poison(), d_k.poison(), d_v.poison();
   }
 
@@ -55,7 +59,7 @@ struct Case : SoftmaxCall {
   // Largest distance from the definition, relative to the largest gradient of its tensor or 1.
   double error() const {
     std::vector<double> t_q(d_q.values.size()), t_k(d_k.values.size()), t_v(d_v.values.size());
-    std::vector<double> t_bias(d_bias.size()), t_sink(d_sink.size()), t_alibi(d_alibi.size());
+    std::vector<double> t_bias(d_bias.size()), t_sink(d_sink.size()), t_alibi(d_alibi.size()), t_total(d_total.size());
     for (int64_t row = 0; row < s.b * s.h * s.m; ++row) {
       const int64_t i = row % s.m, h = row / s.m % s.h, b = row / s.m / s.h, kv = h / (s.h / s.g);
       if (lse[row] == -INFINITY) continue;
@@ -85,10 +89,13 @@ struct Case : SoftmaxCall {
         }
         if (s.bias) x += bias[bias_at + j * s.bias_n];
         if (s.alibi) x -= alibi[h] * std::abs(static_cast<double>(s.n - s.m + i - j));
+        const int64_t own = (b * s.h + h) * s.n + s.n - s.m + i, gate = (b * s.h + h) * s.n + j;
+        if (s.total) x += total[own] - total[gate];
         const double p = std::exp(x - end);
         slope *= p;
         if (g.d_bias && s.bias_n) t_bias[bias_at + j] += slope;
         if (g.d_alibi) t_alibi[h] -= slope * std::abs(static_cast<double>(s.n - s.m + i - j));
+        if (g.d_total) t_total[own] += slope, t_total[gate] -= slope;
         slope *= cap * s.scale;
         const int64_t key_at = (b * s.g + kv) * s.n + j;
         for (int64_t c = 0; c < s.e; ++c) t_v[key_at * s.e + c] += p * kept * slopes[c];
@@ -117,6 +124,7 @@ struct Case : SoftmaxCall {
     compare(t_bias, [&](int64_t i) { return static_cast<double>(d_bias[i]); });
     compare(t_alibi, [&](int64_t i) { return static_cast<double>(d_alibi[i]); });
     compare(t_sink, [&](int64_t i) { return static_cast<double>(d_sink[i]); });
+    compare(t_total, [&](int64_t i) { return d_total[i]; });
     return worst;
   }
 };
@@ -153,7 +161,7 @@ void test_refusal() {
                              &s.k_b, &s.k_g, &s.k_n, &s.v_b, &s.v_g, &s.v_n, &s.o_b,   &s.o_h,     &s.o_m,  &g.d_o_b,
                              &g.d_o_h, &g.d_o_m};
   int64_t* const of_bias[] = {&g.d_bias_b, &g.d_bias_h, &g.d_bias_m, &g.d_bias_n};
-  const int64_t what = below(6), needed = attnkit_softmax_backward_scratch_bytes(&s, &g);
+  const int64_t what = below(7), needed = attnkit_softmax_backward_scratch_bytes(&s, &g);
   int64_t short_of = 0, shift = 0;
   int32_t expected = ATTNKIT_BAD_SIZE;
   if (what == 0) *pick(number) = pick(absurd);
@@ -173,6 +181,13 @@ void test_refusal() {
     if (c.columns.empty()) return;
     c.columns[below(static_cast<int64_t>(c.columns.size()))] = below(2) ? -1 : INT32_MAX;
     expected = ATTNKIT_BAD_MASK;
+  }
+  if (what == 6) {
+    if (!s.total || !g.d_total || !g.d_q) return;
+    const int64_t gates = below(3);
+    if (gates == 0) s.total_h = pick(absurd);
+    if (gates == 1) s.total = nullptr;
+    if (gates == 2) g.d_q_h = s.m * s.d - 1;
   }
   const Scratch scratch(needed - short_of + shift);
   c.poison();

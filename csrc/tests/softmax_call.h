@@ -9,6 +9,7 @@ struct SoftmaxCall {
   Layout q_at, k_at, v_at, o_at;
   Numbers q, k, v, o;
   std::vector<float> lse, bias, alibi, sink;
+  std::vector<double> total;
   std::vector<int64_t> offsets, patterns;
   std::vector<int32_t> columns, pattern;
   std::vector<char> visible;             // (b, h, m, n)
@@ -31,10 +32,14 @@ struct SoftmaxCall {
     s.scale = 0.25f;
   }
 
-  void add_features() {
+  void add_softcap_alibi_and_sink() {
     if (below(3) == 0) s.softcap = 2.0f;
     if (below(3) == 0) fill(alibi, s.h), s.alibi = alibi.data();
     if (below(3) == 0) fill(sink, s.h), s.sink = sink.data();
+  }
+
+  void add_features() {
+    add_softcap_alibi_and_sink();
     if (below(3) == 0) {
       const bool keys = below(2), rows = below(2);
       fill(bias, s.b * s.h * (rows ? s.m : 1) * (keys ? s.n : 1));
@@ -45,6 +50,12 @@ struct SoftmaxCall {
       s.bias_b = s.h * s.bias_h;
     }
     if (s.kernel == ATTNKIT_PREFILL && below(3) == 0) add_dropout();
+    if (below(3) == 0 && s.m <= s.n) {
+      // Far into a sequence, where float32 would be off by a thousandth.
+      for (int64_t i = 0; i < s.b * s.h * s.n; ++i)
+        total.push_back((i % s.n ? total.back() : -1e4) - 0.1 * (uniform() + 1.0));
+      s.total = total.data(), s.total_b = s.h * s.n, s.total_h = s.n;
+    }
     add_mask();
   }
 
@@ -127,6 +138,7 @@ struct SoftmaxCall {
         if (s.softcap > 0) x = s.softcap * std::tanh(x / s.softcap);
         if (s.bias) x += bias[b * s.bias_b + h * s.bias_h + i * s.bias_m + j * s.bias_n];
         if (s.alibi) x -= alibi[h] * std::abs(static_cast<double>(s.n - s.m + i - j));
+        if (s.total) x += total[(b * s.h + h) * s.n + s.n - s.m + i] - total[(b * s.h + h) * s.n + j];
         weight[j] = visible[row * s.n + j] ? x : -INFINITY;
         top = std::fmax(top, weight[j]);
       }

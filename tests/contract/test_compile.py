@@ -120,7 +120,29 @@ def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
     # Keys of 10 + 6 channels and values of 8 for 4 heads, from latents of 12.
     latent = (q.detach(), torch.randn(2, 1, 70, 12 + 6), torch.randn(4, 10 + 8, 12), far, 0, 0.25)
     softmax = [("softmax", plain), ("softmax", tuple(trained)), ("softmax_backward", slopes), ("latent", latent)]
-    return softmax + sums_that_fade()
+    return softmax + gates_and_documents() + sums_that_fade()
+
+
+def gates_and_documents() -> list[tuple[str, tuple[Any, ...]]]:
+    """Softmax attention under gates, and of packed documents with an empty one, and their gradients."""
+    q, k, v = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 70, 16), torch.randn(2, 2, 70, 8)
+    total = -torch.rand(2, 4, 70, dtype=torch.float64).cumsum(-1)
+    packed = (q[0], k[0], v[0], torch.tensor([0, 3, 3, 9]), torch.tensor([0, 20, 30, 70]))
+    settings, sink = (1 << 62, 0, 0.25), torch.randn(4)
+    calls: list[tuple[str, tuple[Any, ...]]] = [
+        ("forgetting", (q, k, v, total, 0.25, False)),
+        ("softmax_varlen", (*packed, *settings, None, 0.0, None, False)),
+    ]
+    gates = [x.clone().requires_grad_() for x in (q, k, v, total)]
+    calls.append(("forgetting", (*gates, 0.25, True)))
+    leaves = [x.clone().requires_grad_() for x in packed[:3]]
+    alibi, own = torch.rand(4), sink.clone().requires_grad_()
+    calls.append(("softmax_varlen", (*leaves, *packed[3:], *settings, alibi, 2.0, own, True)))
+    o, lse, d_o = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9), torch.randn(2, 4, 9, 8)
+    calls.append(("forgetting_backward", (q, k, v, total, o, lse, lse * 1e-7, d_o, 0.25, [True, True, False, True])))
+    kept = (alibi, sink, o[0], lse[0].flatten(), lse[0].flatten() * 1e-7, d_o[0])
+    calls.append(("softmax_varlen_backward", (*packed, *kept, *settings, 2.0, [True, False, True, True])))
+    return calls
 
 
 def sums_that_fade() -> list[tuple[str, tuple[Any, ...]]]:

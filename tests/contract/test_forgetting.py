@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 import attnkit
+from attnkit import native
 from attnkit.mechanisms.forgetting import ForgettingConfig, forgetting_attention, forgetting_attention_step
 from attnkit.mechanisms.forgetting.chunk import BLOCK
 from attnkit.positions import Rotary
 from attnkit.registry import get
 from attnkit.spec import Sizes
+from attnkit.testing.budgets import assert_within
+from attnkit.testing.runs import Rounded
 
 BACKENDS = ("chunk", "reference")
+SPEC = get("forgetting")
+NATIVE = pytest.mark.skipif(not native.STATUS.available, reason=native.STATUS.reason)
 EDGES = (1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 1)
 
 
@@ -111,10 +116,92 @@ def test_long_input_builds_no_square(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(chunk, "softmax_attention", watched)
     inputs = {name: x.float().requires_grad_() for name, x in sampled(5 * BLOCK).items()}
-    forgetting_attention(**inputs).sum().backward()
+    forgetting_attention(**inputs, backend="chunk").sum().backward()
     assert max(rows for rows, _ in seen) == BLOCK
     assert {rows for _, rows in seen} == {1}
     assert len(seen) == 10, "the backward computes each block again and keeps none"
+
+
+def far(n: int, m: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The last ``m`` queries after gates that sum to thousands, of which a key 300 tokens back is worth e^-300."""
+    inputs = {name: x.to(dtype) for name, x in sampled(n, m, h=2, g=1, d=16, e=8).items()}
+    inputs["log_f"] = inputs["log_f"] - 1.0
+    return inputs
+
+
+@NATIVE
+@pytest.mark.parametrize("level", native.STATUS.levels)
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+def test_native_gates_cancel_exactly_after_16384_tokens(level: str, dtype: torch.dtype) -> None:
+    """A call far into a sequence, and its gradients, are within the rounding of a call of its last 512 tokens alone."""
+    inputs = far(16384, 200, dtype)
+    last = {name: x if name == "q" else x[:, :, -512:] for name, x in inputs.items()}
+    direction = torch.randn(1, 2, 200, 8).to(dtype)
+
+    def found(call: dict[str, Any], backend: str) -> list[Tensor]:
+        leaves = {name: x.detach().clone().requires_grad_() for name, x in call.items()}
+        o = forgetting_attention(**leaves, backend=backend)
+        slopes = torch.autograd.grad(o, list(leaves.values()), direction.to(o.dtype))
+        return [o.detach(), *(x if i == 0 else x[:, :, -512:] for i, x in enumerate(slopes))]
+
+    with native.use_level(level):
+        got = found(inputs, "cpu")
+    true = found({name: x.double() for name, x in last.items()}, "reference")
+    with Rounded(dtype):
+        plain = found(last, "reference")
+    for i, (one, gold, naive) in enumerate(zip(got, true, plain, strict=True)):
+        assert_within(one, gold, naive, dtype, gradient=i > 0, what=("o", *inputs)[i])
+
+
+@NATIVE
+def test_sums_of_gates_in_float32_are_noticed() -> None:
+    """The inverse: what the kernel would make of sums that went through float32."""
+    inputs = far(16384, 1, torch.float32)
+    last = {name: x if name == "q" else x[:, :, -512:] for name, x in inputs.items()}
+    true, plain = (
+        forgetting_attention(**{name: x.to(to) for name, x in last.items()}, backend="reference")
+        for to in (torch.float64, torch.float32)
+    )
+    total = inputs.pop("log_f").double().cumsum(-1)
+    assert_within(forgetting_attention_step(**inputs, total=total), true, plain, torch.float32)
+    with pytest.raises(AssertionError, match="error"):
+        assert_within(forgetting_attention_step(**inputs, total=total.float()), true, plain, torch.float32)
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+def test_native_bits_depend_on_neither_threads_nor_batch(dtype: torch.dtype) -> None:
+    inputs = {name: x.to(dtype) for name, x in sampled(500, b=3, d=32, e=16).items()}
+    direction = torch.randn(3, 4, 500, 16).to(dtype)
+
+    def found(call: dict[str, Any], direction: Tensor) -> list[Tensor]:
+        leaves = {name: x.detach().clone().requires_grad_() for name, x in call.items()}
+        o = forgetting_attention(**leaves, backend="cpu")
+        return [o.detach(), *torch.autograd.grad(o, list(leaves.values()), direction)]
+
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            runs.append(found(inputs, direction))
+    finally:
+        torch.set_num_threads(before)
+    alone = found({name: x[1:2] for name, x in inputs.items()}, direction[1:2])
+    assert all(x.equal(y) for other in runs[1:] for x, y in zip(runs[0], other, strict=True))
+    assert all(x[1:2].equal(y) for x, y in zip(runs[0], alone, strict=True))
+
+
+@NATIVE
+def test_steps_are_native_where_calls_are() -> None:
+    torch.manual_seed(0)
+    layer = SPEC.layer(ForgettingConfig(32, 4, kv_heads=2))
+    x, state = torch.randn(2, 70, 32), layer.state(2, 70)
+    with torch.no_grad(), attnkit.dispatch.watch() as ran:
+        for part in x.split([60, *[1] * 10], 1):
+            layer.step(part, state)
+    assert not ran, f"softmax attention was called block by block: {ran}"
+    assert state.view()["total"].dtype == torch.float64
 
 
 def test_layer_with_rotary_and_every_option_decodes_across_block_edges() -> None:

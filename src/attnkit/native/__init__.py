@@ -48,19 +48,26 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PREFILL, DECODE = 0, 1
 
 SOFTMAX_FIELDS: tuple[tuple[str, type], ...] = (
-    *((name, c_void_p) for name in ("q", "k", "v", "o", "lse", "lse_rest", "bias", "alibi", "sink")),
+    *((name, c_void_p) for name in ("q", "k", "v", "o", "lse", "lse_rest", "bias", "alibi", "sink", "total")),
     *((name, c_void_p) for name in ("offsets", "columns", "pattern", "patterns")),
     *((name, c_int64) for name in ("b", "h", "g", "m", "n", "d", "e")),
     *((name, c_int64) for name in ("q_b", "q_h", "q_m", "k_b", "k_g", "k_n", "v_b", "v_g", "v_n")),
     *((name, c_int64) for name in ("o_b", "o_h", "o_m", "bias_b", "bias_h", "bias_m", "bias_n")),
+    *((name, c_int64) for name in ("total_b", "total_h")),
     *((name, c_int64) for name in ("left", "right", "mask_batches", "mask_heads", "threads", "seed")),
     *((name, c_int32) for name in ("dtype", "kernel", "drop_below")),
     *((name, c_float) for name in ("scale", "softcap", "keep_scale")),
 )
 
 SOFTMAX_GRADIENT_FIELDS: tuple[tuple[str, type], ...] = (
-    *((name, c_void_p) for name in ("d_o", "d_lse", "d_q", "d_k", "d_v", "d_bias", "d_sink", "d_alibi")),
+    *((name, c_void_p) for name in ("d_o", "d_lse", "d_q", "d_k", "d_v", "d_bias", "d_sink", "d_alibi", "d_total")),
     *((name, c_int64) for name in ("d_o_b", "d_o_h", "d_o_m", "d_bias_b", "d_bias_h", "d_bias_m", "d_bias_n")),
+    *((name, c_int64) for name in ("d_q_h", "d_k_g", "d_v_g")),
+)
+
+DOCUMENTS_FIELDS: tuple[tuple[str, type], ...] = (
+    *((name, c_void_p) for name in ("q_offsets", "k_offsets")),
+    *((name, c_int64) for name in ("count", "decode_queries")),
 )
 
 # A struct goes over as packed bytes: making them is one C call, filling a ctypes.Structure is one for each field.
@@ -77,6 +84,10 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     "attnkit_softmax_forward": (c_int32, (c_char_p, c_void_p, c_int64)),
     "attnkit_softmax_backward_scratch_bytes": (c_int64, (c_char_p, c_char_p)),
     "attnkit_softmax_backward": (c_int32, (c_char_p, c_char_p, c_void_p, c_int64)),
+    "attnkit_documents_forward_scratch_bytes": (c_int64, (c_char_p, c_char_p)),
+    "attnkit_documents_forward": (c_int32, (c_char_p, c_char_p, c_void_p, c_int64)),
+    "attnkit_documents_backward_scratch_bytes": (c_int64, (c_char_p, c_char_p, c_char_p)),
+    "attnkit_documents_backward": (c_int32, (c_char_p, c_char_p, c_char_p, c_void_p, c_int64)),
     **cache.FUNCTIONS,
     **latent.FUNCTIONS,
     **linear.FUNCTIONS,
@@ -103,6 +114,7 @@ _FORMATS: dict[Any, str] = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: 
 STRUCTS = {
     "softmax": SOFTMAX_FIELDS,
     "softmax_gradients": SOFTMAX_GRADIENT_FIELDS,
+    "documents": DOCUMENTS_FIELDS,
     "cache": cache.FIELDS,
     "latent": latent.FIELDS,
     "linear": linear.FIELDS,
@@ -122,6 +134,7 @@ pack_latent = _packer(latent.FIELDS)
 pack_projection = _packer(projection.FIELDS)
 pack_rotation = _packer(rotation.FIELDS)
 pack_softmax_gradients = _packer(SOFTMAX_GRADIENT_FIELDS)
+pack_documents = _packer(DOCUMENTS_FIELDS)
 pack_cache = _packer(cache.FIELDS)
 pack_mask_node, pack_block_list, pack_selected, pack_coarse, pack_indexer, pack_gates, pack_topk = map(
     _packer, sparse.STRUCTS.values()

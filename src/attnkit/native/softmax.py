@@ -24,6 +24,11 @@ def scale_refused(scale: float) -> tuple[str, ...]:
     return (f"scale is {scale}, the native kernel takes -{MOST_SCALE:.0f} to {MOST_SCALE:.0f}",)
 
 
+# Up to this many queries are served by the decode kernel, which packs nothing. Measured with 8 KV heads of 128 numbers
+# and 1,000 to 32,000 keys.
+MOST_DECODE_QUERIES = 8
+
+
 class Blocks(Protocol):
     """What is read of a mask's list of blocks, an ``attnkit.masks.BlockList``."""
 
@@ -64,11 +69,12 @@ def packed(
     kernel: int,
     dropout: float = 0.0,
     seed: int = 0,
+    total: Tensor | None = None,
 ) -> bytes:
-    """The call as the library reads it; what it points to has to outlive it."""
+    """The call as the library reads it; what it points to has to outlive it. ``total``: float64, rows without gaps."""
     (b, h, m, d), (g, n, e) = q.shape, v.shape[1:]
     return native.pack_softmax(
-        *(0 if x is None else x.data_ptr() for x in (q, k, v, o, lse, rest, bias, alibi, sink)),
+        *(0 if x is None else x.data_ptr() for x in (q, k, v, o, lse, rest, bias, alibi, sink, total)),
         *(
             (0, 0, 0, 0)
             if blocks is None
@@ -80,6 +86,7 @@ def packed(
         *v.stride()[:3],
         *o.stride()[:3],
         *steps(bias),
+        *((0, 0) if total is None else total.stride()[:2]),
         *(left, right),
         *((1, 1) if blocks is None else (blocks.batches, blocks.heads)),
         torch.get_num_threads(),
@@ -91,6 +98,42 @@ def packed(
         softcap or 0.0,
         1 / (1 - dropout),
     )
+
+
+def packed_gradients(
+    d_o: Tensor,
+    d_lse: Tensor | None,
+    d_q: Tensor | None,
+    d_k: Tensor | None,
+    d_v: Tensor | None,
+    d_bias: Tensor | None = None,
+    d_sink: Tensor | None = None,
+    d_alibi: Tensor | None = None,
+    d_total: Tensor | None = None,
+) -> bytes:
+    """What the backward pass reads and writes beside the call; None is not wanted, and results are contiguous."""
+    return native.pack_softmax_gradients(
+        *(0 if x is None else x.data_ptr() for x in (d_o, d_lse, d_q, d_k, d_v, d_bias, d_sink, d_alibi, d_total)),
+        *d_o.stride()[:3],
+        *steps(d_bias),
+        *(0 if x is None else x.shape[2] * x.shape[3] for x in (d_q, d_k, d_v)),
+    )
+
+
+def refused(q: Tensor, v: Tensor) -> list[str]:
+    """Why no kernel of this family takes a call, whatever else is in it."""
+    reasons = []
+    if not native.STATUS.available:
+        reasons.append(native.STATUS.reason)
+    # Many times faster than the name of the device where caches are cold, as they are between the layers of a model.
+    if not q.is_cpu:
+        reasons.append(f"device is {q.device.type}, the native kernel needs cpu")
+    if q.dtype not in native.DTYPES:
+        reasons.append(f"dtype is {q.dtype}, the native kernel takes float32, bfloat16 and float16")
+    for name, size in (("key", q.shape[3]), ("value", v.shape[3])):
+        if not 1 <= size <= MOST_SIZE:
+            reasons.append(f"{name} size is {size}, the native kernel takes 1 to {MOST_SIZE}")
+    return reasons
 
 
 def rows(x: Tensor) -> Tensor:

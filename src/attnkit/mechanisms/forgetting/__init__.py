@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from attnkit import shapes
-from attnkit.dispatch import run
+from attnkit.dispatch import decide, run
 from attnkit.masks import causal
-from attnkit.mechanisms.forgetting import chunk
+from attnkit.mechanisms.forgetting import chunk, cpu
 from attnkit.mechanisms.forgetting.reference import forward as reference
 from attnkit.spec import Backend, Cost, Laws, LayerPlace, Mechanism, Preset, Sizes
 from attnkit.state import TokenState
@@ -38,9 +38,9 @@ def forgetting_attention(
     k: (b, g, n, d), same dtype and device; ``g`` divides ``h``, and query head ``i`` reads KV head ``i // (h / g)``.
     v: (b, g, n, e); ``e`` may differ from ``d``.
     log_f: (b, h, n), any floating dtype: natural logarithms of the forget gates, finite and at most 0. They are summed
-        in float32 (float64 for float64). 0 everywhere is causal softmax attention.
+        in float32 at least. 0 everywhere is causal softmax attention.
     scale: multiplies ``q k^T``, not the gates; ``d ** -0.5`` when None.
-    backend: "chunk" or "reference", which then runs or raises; None takes the first that can run.
+    backend: "cpu", "chunk" or "reference", which then runs or raises; None takes the first that can run.
 
     Returns
     -------
@@ -48,7 +48,7 @@ def forgetting_attention(
 
     Raises
     ------
-    ValueError, TypeError: arguments that do not fit together.
+    ValueError, TypeError: arguments that do not fit together; NotImplementedError: the named backend cannot run them.
 
     Source: Lin et al. 2025, arXiv 2503.02130.
     """
@@ -75,7 +75,10 @@ def forgetting_attention_step(q: Tensor, k: Tensor, v: Tensor, total: Tensor, *,
     o: (b, h, m, e) in q's dtype.
     """
     _check("forgetting_attention_step", q, k, v, total=total)
-    return chunk.attend(q, k, v, total, q.shape[3] ** -0.5 if scale is None else scale)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    chosen, _ = decide(SPEC, {"q": q, "k": k, "v": v, "log_f": total, "scale": scale})
+    attend = cpu.attend if chosen.name == "cpu" else chunk.attend
+    return attend(q, k, v, total, scale)
 
 
 def _check(where: str, q: Tensor, k: Tensor, v: Tensor, **gates: Tensor) -> None:
@@ -105,15 +108,19 @@ def sample(
 
 
 def cost(sizes: Sizes, *, itemsize: int = 4) -> Cost:
-    """Cost of one call; a token's state is its key, its value and one float32 sum of gates a query head."""
+    """Cost of one call; a token's state is its key, its value and one float64 sum of gates a query head."""
     s = sizes
-    token = s.g * (s.d + s.e) * itemsize + 4 * s.h
+    token = s.g * (s.d + s.e) * itemsize + 8 * s.h
     return Cost(
         flops=2 * s.b * s.h * causal().visible_pairs(s.m, s.n) * (s.d + s.e),
         bytes=s.b * (s.h * s.m * (s.d + s.e) * itemsize + s.n * token),
         state_bytes_per_token=token,
         state_bytes_fixed=0,
     )
+
+
+def _cpu() -> Any:
+    return cpu.forward
 
 
 def _chunk() -> Any:
@@ -145,7 +152,11 @@ SPEC = Mechanism(
     function=forgetting_attention,
     sample=sample,
     reference=reference,
-    backends=(Backend("chunk", _chunk, finite_only=True), Backend("reference", _reference)),
+    backends=(
+        Backend("cpu", _cpu, cpu.rejects),
+        Backend("chunk", _chunk, finite_only=True),
+        Backend("reference", _reference),
+    ),
     laws=Laws(causal=True, stateful=True, step_equals_prefill=True, length_invariant=True),
     cost=cost,
     layer=ForgettingAttention,

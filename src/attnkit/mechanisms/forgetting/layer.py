@@ -67,11 +67,10 @@ class ForgettingAttention(Projected):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> TokenState:
-        """An empty state for ``capacity`` tokens: keys, values, and the sums of gates in float32 at least."""
+        """An empty state for ``capacity`` tokens: keys, values, and the sums of gates in float64."""
         c = self.config
         fields = {"k": (c.groups, c.head_size), "v": (c.groups, c.head_size), "total": (c.heads, 1)}
-        sums = torch.promote_types(dtype, torch.float32)
-        return TokenState(batch, capacity, fields, dtype=dtype, device=device, dtypes={"total": sums})
+        return TokenState(batch, capacity, fields, dtype=dtype, device=device, dtypes={"total": torch.float64})
 
     def step(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """Feed the next token or tokens ``x`` ``(b, m, width)``; any split of a sequence gives ``forward``'s rows."""

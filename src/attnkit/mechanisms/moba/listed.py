@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from attnkit import masks, native
 from attnkit.blocks import spans
 from attnkit.masks import UNBOUNDED, BlockList
-from attnkit.native.softmax import packed
+from attnkit.native.softmax import packed, packed_gradients
 
 NUMBERS = 1 << 27
 """The most numbers of queries that are written down at once: 256 MB of bfloat16."""
@@ -167,9 +167,7 @@ def _of_rows(
         q, k, v, o, lse, rest, rows.blocks, UNBOUNDED, UNBOUNDED, scale, None, None, None, None, native.PREFILL
     )  # fmt: skip
     d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
-    results = (x.data_ptr() for x in (d_q, d_k, d_v))
-    steps = (*d_o.stride()[:3], 0, 0, 0, 0)
-    native.run("softmax_backward", call, native.pack_softmax_gradients(d_o.data_ptr(), 0, *results, 0, 0, 0, *steps))
+    native.run("softmax_backward", call, packed_gradients(d_o, None, d_q, d_k, d_v))
     return d_q, d_k, d_v
 
 

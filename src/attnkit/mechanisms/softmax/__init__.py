@@ -9,10 +9,10 @@ from torch import Tensor
 
 from attnkit import shapes
 from attnkit.costs import softmax as cost
-from attnkit.dispatch import run
+from attnkit.dispatch import decide, run
 from attnkit.masks import UNBOUNDED, Mask, causal, checked
 from attnkit.masks.patterns import Interval
-from attnkit.mechanisms.softmax import cpu, flex, sdpa
+from attnkit.mechanisms.softmax import cpu, flex, sdpa, varlen
 from attnkit.mechanisms.softmax.reference import forward as reference
 from attnkit.spec import Backend, Laws, Mechanism, Sizes
 from attnkit.state import KVState
@@ -233,14 +233,24 @@ def softmax_attention_varlen(
 
     Returns
     -------
-    o: (h, t, e).
+    o: (h, t, e). Each document has the bits of a call of its own. Backend "cpu" takes all documents in one call where
+    the mask is causal, a window or None and ``alibi`` wants no gradient, and one by one otherwise, as others do.
+
+    Raises
+    ------
+    ValueError, TypeError: arguments that do not fit together; NotImplementedError: the named backend cannot run them.
     """
     where = "softmax_attention_varlen"
     if k_offsets is None:
         k_offsets = q_offsets
     shapes.check(where, k=(k, "g n d"), v=(v, "g n e"))
     shapes.check(where, q=(q, "h m d"), q_offsets=(q_offsets, "documents"), k_offsets=(k_offsets, "documents"))
-    q_edges, k_edges = _edges(where, "q_offsets", q_offsets, q), _edges(where, "k_offsets", k_offsets, k)
+    interval = (UNBOUNDED, UNBOUNDED) if mask is None else mask.interval() if isinstance(mask, Mask) else None
+    if interval is not None and backend in (None, "cpu") and not (alibi is not None and alibi.requires_grad):
+        whole = call(q[None], k[None], v[None], mask=mask, scale=scale, alibi=alibi, softcap=softcap, sink=sink)
+        if decide(SPEC, whole, backend)[0].name == "cpu":
+            return varlen.forward(q, k, v, q_offsets, k_offsets, *interval, whole["scale"], alibi, softcap, sink)
+    q_edges, k_edges = varlen.checked("q_offsets", q_offsets, q), varlen.checked("k_offsets", k_offsets, k)
     parts = [
         softmax_attention(
             q[None, :, q_edges[i] : q_edges[i + 1]],
@@ -256,16 +266,6 @@ def softmax_attention_varlen(
         for i in range(len(q_edges) - 1)
     ]
     return torch.cat(parts, 2)[0]
-
-
-def _edges(where: str, name: str, offsets: Tensor, packed: Tensor) -> list[int]:
-    if offsets.is_floating_point() or offsets.is_meta:
-        raise TypeError(f"{where}: {name} is {offsets.dtype} on {offsets.device}, expected integers that can be read")
-    edges: list[int] = offsets.tolist()
-    rising = all(a <= b for a, b in zip(edges, edges[1:], strict=False))
-    if len(edges) < 2 or edges[0] != 0 or edges[-1] != packed.shape[1] or not rising:
-        raise ValueError(f"{where}: {name} is {edges}, expected rising from 0 to {packed.shape[1]}, the packed length")
-    return edges
 
 
 def sample(

@@ -13,28 +13,20 @@ from torch import Tensor
 from attnkit import native
 from attnkit.masks import UNBOUNDED, BlockList, Mask, explicit
 from attnkit.native import memory
-from attnkit.native.softmax import MOST_SIZE, as_float32, packed, rows, scale_refused, steps
+from attnkit.native.softmax import (
+    MOST_DECODE_QUERIES,
+    as_float32,
+    packed,
+    packed_gradients,
+    refused,
+    rows,
+    scale_refused,
+)
 from attnkit.spec import Call
-
-# Up to this many queries are served by the decode kernel, which packs nothing. Measured with 8 KV heads of 128 numbers
-# and 1,000 to 32,000 keys.
-MOST_DECODE_QUERIES = 8
 
 
 def rejects(call: Call) -> tuple[str, ...]:
-    q, v = call["q"], call["v"]
-    reasons = []
-    if not native.STATUS.available:
-        reasons.append(native.STATUS.reason)
-    # Many times faster than the name of the device where caches are cold, as they are between the layers of a model.
-    if not q.is_cpu:
-        reasons.append(f"device is {q.device.type}, the native kernel needs cpu")
-    if q.dtype not in native.DTYPES:
-        reasons.append(f"dtype is {q.dtype}, the native kernel takes float32, bfloat16 and float16")
-    for name, size in (("key", q.shape[3]), ("value", v.shape[3])):
-        if not 1 <= size <= MOST_SIZE:
-            reasons.append(f"{name} size is {size}, the native kernel takes 1 to {MOST_SIZE}")
-    reasons += scale_refused(call["scale"])
+    reasons = [*refused(call["q"], call["v"]), *scale_refused(call["scale"])]
     return tuple(reasons)
 
 
@@ -310,15 +302,7 @@ def _run_backward(
     d_bias = torch.zeros(bias.shape) if bias is not None and wanted[3] else None
     d_sink = torch.empty(sink.shape) if sink is not None and wanted[4] else None
     d_alibi = torch.empty(alibi.shape) if alibi is not None and wanted[5] else None
-    native.run(
-        "softmax_backward",
-        call,
-        native.pack_softmax_gradients(
-            *(0 if x is None else x.data_ptr() for x in (d_o, d_lse, d_q, d_k, d_v, d_bias, d_sink, d_alibi)),
-            *d_o.stride()[:3],
-            *steps(d_bias),
-        ),
-    )
+    native.run("softmax_backward", call, packed_gradients(d_o, d_lse, d_q, d_k, d_v, d_bias, d_sink, d_alibi))
     return d_q, d_k, d_v, d_bias, d_sink, d_alibi
 
 

@@ -9,7 +9,7 @@ from attnkit import native
 from attnkit.masks import UNBOUNDED, Mask
 from attnkit.mechanisms.softmax import softmax_attention
 from attnkit.mechanisms.topk.counts import kept, most
-from attnkit.native.softmax import MOST_SIZE, packed, rows
+from attnkit.native.softmax import packed, refused, rows
 from attnkit.spec import Call
 
 FEWEST_QUERIES = 4
@@ -17,19 +17,9 @@ FEWEST_QUERIES = 4
 
 
 def rejects(call: Call) -> tuple[str, ...]:
-    q, v = call["q"], call["v"]
-    reasons = []
-    if not native.STATUS.available:
-        reasons.append(native.STATUS.reason)
+    reasons = refused(call["q"], call["v"])
     if torch.compiler.is_compiling():
         reasons.append("the call is being compiled, the native kernel runs eagerly only")
-    if q.device.type != "cpu":
-        reasons.append(f"device is {q.device.type}, the native kernel needs cpu")
-    if q.dtype not in native.DTYPES:
-        reasons.append(f"dtype is {q.dtype}, the native kernel takes float32, bfloat16 and float16")
-    for name, size in (("key", q.shape[3]), ("value", v.shape[3])):
-        if not 1 <= size <= MOST_SIZE:
-            reasons.append(f"{name} size is {size}, the native kernel takes 1 to {MOST_SIZE}")
     if torch.is_grad_enabled() and (wanted := [name for name in ("q", "k", "v") if call[name].requires_grad]):
         reasons.append(f"gradients are wanted for {', '.join(wanted)}, the native kernel is forward only")
     return tuple(reasons)

@@ -31,7 +31,7 @@ def _one_gate_a_group(call: dict[str, Any]) -> dict[str, Any]:
 
 def _from_zero(right: Any) -> Any:
     def continued(state: Any, log_f: Tensor) -> Tensor:
-        return log_f.cumsum(-1)
+        return log_f.cumsum(-1, dtype=state.view()["total"].dtype)
 
     return continued
 
