@@ -165,8 +165,8 @@ def _run(
     checked("q_offsets", q_offsets, q), checked("k_offsets", k_offsets, k)
     edges = _edges(q_offsets), _edges(k_offsets)
     o = q.new_empty(*q.shape[:2], v.shape[2])
-    given = [rows(x[None]) for x in (q, k, v)]
-    call = packed(*given, o[None], lse, rest, None, left, right, scale, None, alibi, softcap, sink, native.PREFILL)
+    q, k, v = (rows(x[None]) for x in (q, k, v))
+    call = packed(q, k, v, o[None], lse, rest, None, left, right, scale, None, alibi, softcap, sink, native.PREFILL)
     # As in a call of its own: the backward pass makes scores again in prefill's order.
     native.run("documents_forward", call, _documents(*edges, MOST_DECODE_QUERIES if rest is None else -1))
     return o
