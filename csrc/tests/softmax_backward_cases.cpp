@@ -56,10 +56,12 @@ struct Case : SoftmaxCall {
     return attnkit_softmax_backward(&s, &g, second.data(), second.bytes());
   }
 
-  // Largest distance from the definition, relative to the largest gradient of its tensor or 1.
+  // Largest distance from the definition, relative to the largest gradient of its tensor or 1,
+  // for slopes of ALiBi to the size of what is added up.
   double error() const {
     std::vector<double> t_q(d_q.values.size()), t_k(d_k.values.size()), t_v(d_v.values.size());
     std::vector<double> t_bias(d_bias.size()), t_sink(d_sink.size()), t_alibi(d_alibi.size()), t_total(d_total.size());
+    double size_of_alibi = 0.0;
     for (int64_t row = 0; row < s.b * s.h * s.m; ++row) {
       const int64_t i = row % s.m, h = row / s.m % s.h, b = row / s.m / s.h, kv = h / (s.h / s.g);
       if (lse[row] == -INFINITY) continue;
@@ -67,8 +69,20 @@ struct Case : SoftmaxCall {
       const double* query = &q.values[b * s.q_b + h * s.q_h + i * s.q_m];
       const double* slopes = &d_o.values[b * g.d_o_b + h * g.d_o_h + i * g.d_o_m];
       double delta = d_lse.empty() ? 0.0 : -d_lse[row];
-      for (int64_t c = 0; c < s.e; ++c)
+      // Of sums over rows that all but cancel, the rounding of a stored result would be most: the kernel sums it up again.
+      // So it does for a row of one key and no sink, whose slope is then exactly 0.
+      int64_t keys = 0;
+      for (int64_t j = 0; j < s.n; ++j) keys += visible[row * s.n + j];
+      const bool anew = (keys == 1 && !s.sink) || g.d_alibi || (s.dtype == 0 && g.d_bias && g.d_bias_n);
+      for (int64_t c = 0; c < s.e && !anew; ++c)
         delta += o.read(b * s.o_b + h * s.o_h + i * s.o_m + c, s.dtype) * slopes[c];
+      for (int64_t j = 0; j < s.n && anew; ++j) {
+        if (!visible[row * s.n + j]) continue;
+        const double p = std::exp(logit(b, h, i, j) - end);
+        for (int64_t c = 0; c < s.e; ++c)
+          delta += p * chance(b, h, i, j) * slopes[c] * v.values[b * s.v_b + kv * s.v_g + j * s.v_n + c];
+      }
+      double far = 0.0;
       const double sunk = s.sink ? std::exp(sink[h] - end) * delta : 0.0;
       if (g.d_sink) t_sink[h] -= sunk;
       const int64_t bias_at = b * s.bias_b + h * s.bias_h + i * s.bias_m;
@@ -92,9 +106,11 @@ struct Case : SoftmaxCall {
         const int64_t own = (b * s.h + h) * s.n + s.n - s.m + i, gate = (b * s.h + h) * s.n + j;
         if (s.total) x += total[own] - total[gate];
         const double p = std::exp(x - end);
+        const double terms = p * (std::fabs(slope + delta) + std::fabs(delta));
         slope *= p;
         if (g.d_bias && s.bias_n) t_bias[bias_at + j] += slope;
-        if (g.d_alibi) t_alibi[h] -= slope * std::abs(static_cast<double>(s.n - s.m + i - j));
+        const double distance = std::abs(static_cast<double>(s.n - s.m + i - j));
+        if (g.d_alibi) t_alibi[h] -= slope * distance, far += terms * distance;
         if (g.d_total) t_total[own] += slope, t_total[gate] -= slope;
         slope *= cap * s.scale;
         const int64_t key_at = (b * s.g + kv) * s.n + j;
@@ -104,10 +120,12 @@ struct Case : SoftmaxCall {
           t_q[row * s.d + c] += slope * key[c];
         }
       }
+      // Rows are rounded each for itself, to the size of what is subtracted in them.
+      size_of_alibi = std::hypot(size_of_alibi, far);
     }
     double worst = 0.0;
-    const auto compare = [&](const std::vector<double>& wanted, const auto& read) {
-      double size = 1.0, far = 0.0;
+    const auto compare = [&](const std::vector<double>& wanted, const auto& read, double size = 1.0) {
+      double far = 0.0;
       for (size_t i = 0; i < wanted.size(); ++i) {
         const double distance = std::fabs(read(static_cast<int64_t>(i)) - wanted[i]);
         size = std::fmax(size, std::fabs(wanted[i]));
@@ -122,7 +140,7 @@ struct Case : SoftmaxCall {
     };
     judge(g.d_q, d_q, t_q), judge(g.d_k, d_k, t_k), judge(g.d_v, d_v, t_v);
     compare(t_bias, [&](int64_t i) { return static_cast<double>(d_bias[i]); });
-    compare(t_alibi, [&](int64_t i) { return static_cast<double>(d_alibi[i]); });
+    compare(t_alibi, [&](int64_t i) { return static_cast<double>(d_alibi[i]); }, std::fmax(1.0, size_of_alibi));
     compare(t_sink, [&](int64_t i) { return static_cast<double>(d_sink[i]); });
     compare(t_total, [&](int64_t i) { return d_total[i]; });
     return worst;
@@ -142,7 +160,8 @@ void test_answer() {
     const int32_t status = c.run();
     const double error = status == ATTNKIT_OK ? c.error() : INFINITY;
     count_call();
-    if (!(error < allowed(c.s.dtype)))
+    // Dropout enlarges a stored result, and so its rounding, which slopes of rows with one key are left with or are not.
+    if (!(error < allowed(c.s.dtype) * (c.s.drop_below ? 2.0f * c.s.keep_scale : 1.0f)))
       fail("softmax_backward level %s dtype %d b %d h %d g %d m %d n %d d %d e %d%s%s%s%s%s: status %d, error %g",
            attnkit_level_name(level), int(c.s.dtype), int(c.s.b), int(c.s.h), int(c.s.g), int(c.s.m), int(c.s.n),
            int(c.s.d), int(c.s.e), c.s.bias ? " bias" : "", c.s.sink ? " sink" : "", c.s.alibi ? " alibi" : "",

@@ -123,36 +123,40 @@ struct SoftmaxCall {
         visible[((b * s.h + h) * s.m + i) * s.n + j] = 1;
   }
 
+  double logit(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    const double* query = q.values.data() + b * s.q_b + h * s.q_h + i * s.q_m;
+    const double* key = k.values.data() + b * s.k_b + h / (s.h / s.g) * s.k_g + j * s.k_n;
+    double x = 0.0;
+    for (int64_t c = 0; c < s.d; ++c) x += query[c] * key[c];
+    x *= s.scale;
+    if (s.softcap > 0) x = s.softcap * std::tanh(x / s.softcap);
+    if (s.bias) x += bias[b * s.bias_b + h * s.bias_h + i * s.bias_m + j * s.bias_n];
+    if (s.alibi) x -= alibi[h] * std::abs(static_cast<double>(s.n - s.m + i - j));
+    if (s.total) x += total[(b * s.h + h) * s.n + s.n - s.m + i] - total[(b * s.h + h) * s.n + j];
+    return x;
+  }
+
   // What the definition says, in double precision.
   void define() {
     for (int64_t row = 0; row < s.b * s.h * s.m; ++row) {
       const int64_t i = row % s.m, h = row / s.m % s.h, b = row / s.m / s.h, g = h / (s.h / s.g);
       std::vector<double> weight(static_cast<size_t>(s.n), 0.0), sum(static_cast<size_t>(s.e), 0.0);
-      const double* query = q.values.data() + b * s.q_b + h * s.q_h + i * s.q_m;
-      double top = s.sink ? sink[h] : -INFINITY, total = 0.0;
+      double top = s.sink ? sink[h] : -INFINITY, sum_of_weights = 0.0;
       for (int64_t j = 0; j < s.n; ++j) {
-        const double* key = k.values.data() + b * s.k_b + g * s.k_g + j * s.k_n;
-        double x = 0.0;
-        for (int64_t c = 0; c < s.d; ++c) x += query[c] * key[c];
-        x *= s.scale;
-        if (s.softcap > 0) x = s.softcap * std::tanh(x / s.softcap);
-        if (s.bias) x += bias[b * s.bias_b + h * s.bias_h + i * s.bias_m + j * s.bias_n];
-        if (s.alibi) x -= alibi[h] * std::abs(static_cast<double>(s.n - s.m + i - j));
-        if (s.total) x += total[(b * s.h + h) * s.n + s.n - s.m + i] - total[(b * s.h + h) * s.n + j];
-        weight[j] = visible[row * s.n + j] ? x : -INFINITY;
+        weight[j] = visible[row * s.n + j] ? logit(b, h, i, j) : -INFINITY;
         top = std::fmax(top, weight[j]);
       }
-      if (s.sink) total += std::exp(sink[h] - top);
+      if (s.sink) sum_of_weights += std::exp(sink[h] - top);
       for (int64_t j = 0; j < s.n; ++j) {
         if (weight[j] == -INFINITY) continue;
         const double p = std::exp(weight[j] - top);
         const double* value = v.values.data() + b * s.v_b + g * s.v_g + j * s.v_n;
-        total += p;
+        sum_of_weights += p;
         const double kept = p * chance(b, h, i, j);
         for (int64_t c = 0; c < s.e; ++c) sum[c] += kept * value[c];
       }
-      for (int64_t c = 0; c < s.e; ++c) true_o.push_back(total > 0 ? sum[c] / total : 0.0);
-      true_lse.push_back(total > 0 ? top + std::log(total) : -INFINITY);
+      for (int64_t c = 0; c < s.e; ++c) true_o.push_back(sum_of_weights > 0 ? sum[c] / sum_of_weights : 0.0);
+      true_lse.push_back(sum_of_weights > 0 ? top + std::log(sum_of_weights) : -INFINITY);
     }
   }
 
