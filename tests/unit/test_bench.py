@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from attnkit import bench, native
-from attnkit.bench import base, calls, checks, host, memory, peers, probes, sizes, timing
+from attnkit.bench import base, calls, checks, host, memory, peers, probes, sizes, states, timing
 from attnkit.mechanisms.softmax import cpu
 from attnkit.registry import get
 
@@ -274,6 +274,14 @@ def test_memory_on_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(memory, "CLEAR", tmp_path / "none")
     with pytest.raises(NotImplementedError, match="this system does not have: use Linux"):
         next(bench.peaks())
+
+
+@pytest.mark.parametrize("kind", states.KINDS)
+def test_what_a_state_stands_for_can_be_read(kind: str) -> None:
+    k, v = torch.randn(2, 2, 70, 32), torch.randn(2, 2, 70, 16)
+    found = states.held(states.filled(kind, k, v))
+    assert [x.shape for x in found] == [k.shape, v.shape]
+    assert all((x - y).abs().max() < 1 for x, y in zip(found, (k, v), strict=True))
 
 
 @needs_native

@@ -30,7 +30,7 @@ def step(q: Tensor, held: Any) -> Callable[[], Tensor]:
 
 def held(made: Any) -> tuple[Tensor, Tensor]:
     """The keys and values that a state stands for: those of a quantised one in the float32 that it decodes to."""
-    if hasattr(made, "numbers"):
+    if isinstance(made, state.KVState) and hasattr(made, "numbers"):
         k, v = made.numbers()
         return k, v
     view = made.view()
