@@ -172,3 +172,9 @@ def test_softmax_packed_refuses_wrong_offsets(offsets: list[int], said: str) -> 
     x = torch.randn(2, 6, 4)
     with pytest.raises(ValueError, match=said):
         attnkit.softmax_attention_varlen(x, x, x, q_offsets=torch.tensor(offsets))
+
+
+def test_slopes_that_are_no_tensor_are_refused_in_a_sentence() -> None:
+    q = torch.randn(2, 5, 4)
+    with pytest.raises(TypeError, match="alibi is a list, expected a tensor"):
+        softmax.softmax_attention_varlen(q, q, q, q_offsets=torch.tensor([0, 2, 5]), alibi=[0.5, 0.25])  # type: ignore[arg-type]

@@ -245,6 +245,8 @@ def softmax_attention_varlen(
         k_offsets = q_offsets
     shapes.check(where, k=(k, "g n d"), v=(v, "g n e"))
     shapes.check(where, q=(q, "h m d"), q_offsets=(q_offsets, "documents"), k_offsets=(k_offsets, "documents"))
+    if alibi is not None:
+        shapes.check(where, q=(q, "h m d"), alibi=(alibi, "h"))
     interval = (UNBOUNDED, UNBOUNDED) if mask is None else mask.interval() if isinstance(mask, Mask) else None
     if interval is not None and backend in (None, "cpu") and not (alibi is not None and alibi.requires_grad):
         whole = call(q[None], k[None], v[None], mask=mask, scale=scale, alibi=alibi, softcap=softcap, sink=sink)
