@@ -23,6 +23,7 @@ from attnkit.bench.memory import works
 from attnkit.bench.peers import ENGINES, NAMES, require
 from attnkit.cli.output import Json, StoppedError, console, emit, table
 from attnkit.registry import get, mechanisms
+from attnkit.testing import runs
 
 
 class Column(NamedTuple):
@@ -125,7 +126,7 @@ def verb(
     """
     path = None
     if limits:
-        with _threads(threads or torch.get_num_threads()), _level(level):
+        with runs.threads(threads or torch.get_num_threads()), _level(level):
             found = here()
         emit({"kind": "limits", **asdict(found)}) if json else print(as_toml(found))
         return
@@ -136,7 +137,7 @@ def verb(
     else:
         names, wanted = _names(only), _names(suite)
         part = quick or bool(names or wanted)
-        with _threads(threads or torch.get_num_threads()), _level(level):
+        with runs.threads(threads or torch.get_num_threads()), _level(level):
             if memory:
                 path = _default_path("memory") if out is None and not names else out
                 lines = _measure_memory(names, path)
@@ -167,16 +168,6 @@ def _default_path(what: str | None = None) -> Path:
     if root is None:
         return Path("attnkit-bench.jsonl")
     return root / "benchmarks" / "results" / f"{datetime.now(UTC):%Y-%m-%d}-{what}.jsonl"
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from attnkit.masks import causal
 from attnkit.mechanisms.moba.gates import block_means
 from attnkit.mechanisms.moba.listed import gradients
 from attnkit.mechanisms.softmax import softmax_attention
-from attnkit.native.softmax import MOST_SIZE, scale_refused
+from attnkit.native.softmax import refused, scale_refused
 from attnkit.spec import Call
 
 FEWEST_KEYS = 32
@@ -39,18 +39,9 @@ def dearer(q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[str, ...]:
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[str, ...]:
     """Why the kernel cannot run this call."""
-    reasons = []
-    if not native.STATUS.available:
-        reasons.append(native.STATUS.reason)
+    reasons = refused(q, v)
     if torch.compiler.is_compiling():
         reasons.append("the call is being compiled, the native kernel runs eagerly only")
-    if q.device.type != "cpu":
-        reasons.append(f"device is {q.device.type}, the native kernel needs cpu")
-    if q.dtype not in native.DTYPES:
-        reasons.append(f"dtype is {q.dtype}, the native kernel takes float32, bfloat16 and float16")
-    for name, size in (("key", q.shape[3]), ("value", v.shape[3])):
-        if not 1 <= size <= MOST_SIZE:
-            reasons.append(f"{name} size is {size}, the native kernel takes 1 to {MOST_SIZE}")
     if not scale > 0:
         reasons.append(f"scale is {scale}, the native kernel takes one above 0")
     reasons += scale_refused(scale)
