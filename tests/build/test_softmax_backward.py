@@ -12,17 +12,11 @@ import attnkit
 from attnkit import native
 from attnkit.registry import get
 from attnkit.testing.budgets import assert_within
-from attnkit.testing.runs import assert_gradients_match
+from attnkit.testing.runs import assert_gradients_match, drawn
 
 pytestmark = pytest.mark.skipif(not native.STATUS.available, reason=native.STATUS.reason)
 SPEC = get("softmax")
 LEVELS = native.STATUS.levels
-
-
-def drawn(b: int, h: int, g: int, m: int, n: int, d: int, e: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    torch.manual_seed(0)
-    shapes = {"q": (b, h, m, d), "k": (b, g, n, d), "v": (b, g, n, e)}
-    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
 
 
 def gradients(direction: Tensor, **arguments: Any) -> tuple[Tensor, ...]:

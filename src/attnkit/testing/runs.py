@@ -123,6 +123,13 @@ def results(found: Any) -> Results:
     return found if isinstance(found, tuple) else (found,)
 
 
+def drawn(b: int, h: int, g: int, m: int, n: int, d: int, e: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Normal ``q`` (b, h, m, d), ``k`` (b, g, n, d) and ``v`` (b, g, n, e), always the same."""
+    torch.manual_seed(0)
+    shapes = {"q": (b, h, m, d), "k": (b, g, n, d), "v": (b, g, n, e)}
+    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Torch, and with it our kernels, runs on so many threads."""
